@@ -1,0 +1,95 @@
+"""Configs: hydra composes the files of ``configs/``, dataclasses give every key its type, default and allowed range."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from glintru_rec.errors import InputError
+
+Schema = TypeVar("Schema")
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def check(key: str, value: Any, holds: bool, allowed: str) -> None:
+    """Raise an `InputError` naming key, value and allowed range unless ``holds``."""
+    if not holds:
+        raise InputError(f"{key} is {value!r}; it must be {allowed}")
+
+
+def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise an `InputError` unless ``value`` is one of ``choices``."""
+    check(key, value, value in choices, f"one of {', '.join(choices)}")
+
+
+def compose(program: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
+    """Compose ``configs/<program>.yaml`` with hydra overrides into a validated ``schema``.
+
+    Args:
+        program: name of the file in ``configs/``.
+        schema: dataclass whose fields are the allowed keys; its ``__post_init__`` checks ranges.
+        overrides: as on hydra's command line: ``trainer.max_epochs=5``, ``model=glint_ru_light``.
+
+    Raises:
+        InputError: an unknown key, group or option, a value of the wrong type or out of range, a missing value.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not (CONFIG_DIR / f"{program}.yaml").is_file():
+        raise InputError(f"no {program}.yaml in {CONFIG_DIR}: run from a checkout, where configs/ lies beside glintru_rec/")
+    ConfigStore.instance().store(name=f"{program}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = hydra_compose(program, overrides=list(overrides))
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            raise InputError(f"missing value: give {' '.join(f'{key}=…' for key in sorted(missing))}")
+        result = OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_first_lines(error)) from error
+    assert isinstance(result, schema)
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """Write a composed config as YAML that `from_yaml` reads back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def from_yaml(path: Path, schema: type[Schema]) -> Schema:
+    """Read a config that `to_yaml` wrote.
+
+    Raises:
+        InputError: not readable, or not of this schema.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        result = OmegaConf.to_object(merged)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path} is not a readable {schema.__name__}: {_first_lines(error)}") from error
+    assert isinstance(result, schema)
+    return result
+
+
+def _first_lines(error: BaseException) -> str:
+    """Give the telling part of a hydra or omegaconf message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("reference_type", "object_type", "Set the environment"))]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        lines += [line.strip() for line in str(cause).splitlines()[:1]]
+    return " ".join(lines[:6])

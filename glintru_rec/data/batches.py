@@ -1,0 +1,121 @@
+"""Training batches that hold a number of targets, whatever the lengths of the sequences.
+
+A batch that held a number of sequences would, under a mean loss, weigh each target of a batch of short histories many
+times more than one of a batch of long histories. Here every target of an epoch is trained on once and weighs the same.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glintru_rec.errors import InputError
+
+
+class Batch(NamedTuple):
+    """Sequences of at least two items each; every item but a sequence's first is a target (see `SequenceModel`)."""
+
+    item_ids: Tensor
+    """int64 ``[T]``."""
+    offsets: Tensor
+    """int64 ``[B + 1]``."""
+
+
+class TrainingBatches:
+    """Cut training sequences into windows, shuffle them, and pack them into batches by number of targets.
+
+    A sequence with more targets than ``max_seq_len`` is cut into windows that share their border item, so that every
+    item but the first is a target exactly once an epoch; where the cuts fall changes from epoch to epoch. Everything
+    follows from (seed, epoch): a resumed run sees the batches that it would have seen.
+
+    Args:
+        items: item ids of all training sequences, int64 ``[E]``.
+        offsets: int64 ``[U + 1]``.
+        max_seq_len: most items that the encoder reads for one target.
+        batch_targets: most targets in one rank's batch; at least ``max_seq_len``.
+        seed: of the shuffle and the cuts.
+        rank: of this process.
+        world_size: number of processes; batch i of the epoch goes to rank ``i % world_size``.
+        every_position: whether each item is a target (causal encoders). Otherwise an epoch has one target per
+            sequence: the last item of a prefix whose end is drawn anew each epoch.
+    """
+
+    def __init__(
+        self,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        max_seq_len: int,
+        batch_targets: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        every_position: bool = True,
+    ):
+        if batch_targets < max_seq_len and every_position:
+            raise InputError(
+                f"trainer.batch_targets is {batch_targets}, less than data.max_seq_len {max_seq_len}: "
+                "a window of one user would not fit into a batch"
+            )
+        self.items, self.offsets = items, offsets
+        self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
+        self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
+        lengths = np.diff(offsets)
+        self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
+        if not self.num_targets.size:
+            raise InputError("the dataset has no training sequence of two items or more")
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of one epoch from ``first_step`` on; every rank yields equally many.
+
+        Where batches do not divide evenly among ranks, the last ones are empty.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
+        order = rng.permutation(starts.size)
+        starts, num_targets = starts[order], num_targets[order]
+        bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
+        for step in range(first_step, -(-(len(bounds) - 1) // self.world_size)):
+            index = step * self.world_size + self.rank
+            chosen = slice(bounds[index], bounds[index + 1]) if index + 1 < len(bounds) else slice(0, 0)
+            yield self._collate(starts[chosen], num_targets[chosen] + 1)
+
+    def num_steps(self, epoch: int) -> int:
+        """Count the steps of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
+        sizes = num_targets[rng.permutation(starts.size)] if self.every_position else np.ones_like(num_targets)
+        return -(-(len(self._pack(sizes)) - 1) // self.world_size)
+
+    def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""
+        size = self.max_seq_len
+        first = np.where(self.num_targets > size, rng.integers(1, size + 1, self.num_targets.size), self.num_targets)
+        count = 1 + -(-(self.num_targets - first) // size)
+        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # of a window in its sequence
+        first, total = np.repeat(first, count), np.repeat(self.num_targets, count)
+        begin = np.where(number == 0, 0, first + (number - 1) * size)
+        end = np.minimum(first + number * size, total)
+        return np.repeat(self.starts, count) + begin, end - begin
+
+    def _prefixes(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw one prefix of each sequence, cut to its last ``max_seq_len`` items and the target."""
+        target = rng.integers(1, self.num_targets + 1)
+        kept = np.minimum(target, self.max_seq_len)
+        return self.starts + target - kept, kept
+
+    def _pack(self, sizes: np.ndarray) -> list[int]:
+        """Cut the shuffled windows into batches of at most ``batch_targets``: borders between windows."""
+        total = np.cumsum(sizes)
+        bounds, used = [0], 0
+        while bounds[-1] < sizes.size:
+            bounds.append(int(np.searchsorted(total, used + self.batch_targets, side="right")))
+            used = total[bounds[-1] - 1]
+        return bounds
+
+    def _collate(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
+        offsets = np.zeros(lengths.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Batch(torch.from_numpy(self.items[rows]), torch.from_numpy(offsets))

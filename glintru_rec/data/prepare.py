@@ -1,0 +1,221 @@
+"""Prepare a dataset: from an interaction log to sequences that training can read.
+
+::
+
+    PrepareConfig -> open_log -> stage -> clean -> drop_rare -> write -> rename
+                     (formats)  (         cleaning         )    (writing)
+
+The same log gives the same bytes, whatever the number of threads: every order below is total. Rows in = events kept + rows set
+aside, each of the latter with its reason.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from glintru_rec.data.cleaning import clean, drop_rare, stage
+from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION
+from glintru_rec.data.formats import LogColumns, LogFile, open_log
+from glintru_rec.data.writing import fetch_one, statistics, write_sequences, write_set_aside, write_vocabulary
+from glintru_rec.errors import InputError
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare, and where to.
+
+    Attributes:
+        input: the log: a file, a folder or a glob. Its format is recognised by content (see `formats`).
+        output: the dataset's folder; it must not exist, or be empty.
+        min_user_events: users with fewer events are left out, at least 1.
+        min_item_events: items with fewer events are left out, at least 1. Both are applied until neither removes anything.
+        user_column: the column of user ids, int64 or string.
+        item_column: the column of item ids, int64 or string.
+        time_column: the column of times.
+        threads: threads of DuckDB; 0 for one per core.
+        memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
+            of the machine's.
+    """
+
+    input: str
+    output: str
+    min_user_events: int = 5
+    min_item_events: int = 5
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    threads: int = 0
+    memory_limit: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output", "user_column", "item_column", "time_column"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text that is not empty")
+        for name, least in (("min_user_events", 1), ("min_item_events", 1), ("threads", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        columns = (self.user_column, self.item_column, self.time_column)
+        if len({name.lower() for name in columns}) < 3:
+            raise InputError(f"user_column, item_column and time_column are {columns}; they must be three different columns")
+        if not re.fullmatch(r"(\d+(\.\d+)? ?[KMGT]i?B)?", self.memory_limit):
+            raise InputError(f"memory_limit is {self.memory_limit!r}; it must be like '8GB', or empty")
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What came of it.
+
+    Attributes:
+        output: the dataset's folder.
+        manifest: what its ``manifest.json`` holds.
+    """
+
+    output: str
+    manifest: dict[str, Any]
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        """Give names and values for a table; a reason that no row had is left out."""
+        counts = [(name, self.manifest[name]) for name in ("rows_in", "num_events", "num_users", "num_items")]
+        counts += [(f"set aside: {reason}", count) for reason, count in self.manifest["set_aside"].items() if count]
+        counts += [(name, self.manifest[name]) for name in ("out_of_order_rows", "users_too_short_to_split")]
+        lengths = ", ".join(f"{name} {length}" for name, length in self.manifest["length_quantiles"].items())
+        rows = [(name.replace("_", " ").removeprefix("num "), f"{count:,}") for name, count in counts]
+        return [*rows, ("events per user", lengths), ("dataset", self.output)]
+
+    def __str__(self) -> str:
+        rows = self.summary_rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> PrepareReport:
+    """Turn a log into a dataset. It appears at ``config.output`` whole or not at all.
+
+    Times are int64: whole numbers stay as the log gives them; if one number has a fraction, all are read as seconds and become
+    microseconds; timestamps and dates become microseconds since 1970, UTC. Events with equal times keep the log's order.
+
+    Args:
+        config: what to prepare.
+        progress: is told what is being done, a line per stage.
+
+    Raises:
+        InputError: the log or the output folder cannot be used.
+    """
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"output {config.output!r} exists and is not an empty folder; remove it or name another")
+    names = LogColumns(config.user_column, config.item_column, config.time_column)
+    files = open_log(config.input, names)
+    progress(f"reading {len(files)} file(s), {files[0].format}")
+    with _written_aside(output) as folder:
+        with _database(folder / ".work", config) as db:
+            manifest = _write_dataset(db, folder, files, names, config, progress)
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    return PrepareReport(config.output, manifest)
+
+
+def _write_dataset(
+    db: duckdb.DuckDBPyConnection,
+    folder: Path,
+    files: list[LogFile],
+    names: LogColumns,
+    config: PrepareConfig,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run every stage, write all files but the manifest, and return the manifest."""
+    columns = stage(db, files, names)
+    cleaned = clean(db, files, names, columns)
+    num_rows = fetch_one(db, "SELECT count(*) FROM log")
+    progress(f"cleaned {num_rows:,} rows")
+    reasons = "SELECT reason, count(*) FROM event WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
+    set_aside = dict(db.execute(reasons).fetchall()) | drop_rare(db, config.min_user_events, config.min_item_events)
+    num_events = fetch_one(db, "SELECT count(*) FROM kept")
+    assert num_rows == num_events + sum(set_aside.values()), "every row is an event or is set aside"
+    if not num_events:
+        lost = ", ".join(f"{reason} {count}" for reason, count in set_aside.items() if count) or "none"
+        raise InputError(
+            f"no event is left of the {num_rows} rows in {config.input!r} (set aside: {lost}); lower min_user_events "
+            f"({config.min_user_events}) and min_item_events ({config.min_item_events}) or correct the log"
+        )
+    progress(f"kept {num_events:,} events")
+    vocabulary = write_vocabulary(db, folder, cleaned)
+    parts = write_sequences(db, folder, cleaned)
+    write_set_aside(db, folder)
+    progress(f"wrote {len(parts)} part(s)")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "num_users": sum(part["num_users"] for part in parts),
+        "num_items": vocabulary.num_items,
+        "num_events": num_events,
+        "num_files": len(parts),
+        "user_id_type": cleaned.user_type,
+        "item_id_type": cleaned.item_type,
+        "time_unit": cleaned.time_unit,
+        "tie_policy": "log_order",
+        "vocabulary_sha256": vocabulary.sha256,
+        "filters": {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events},
+        "rows_in": num_rows,
+        "set_aside": set_aside,
+        **statistics(db),
+        "parts": parts,
+        "source": {
+            "format": files[0].format,
+            "columns": asdict(names),
+            "files": [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files],
+        },
+    }
+
+
+@contextmanager
+def _written_aside(output: Path) -> Iterator[Path]:
+    """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error."""
+    output = output.absolute()
+    # In a container every process may have the same id, so an id alone would collide with what a killed run left.
+    aside = output.with_name(f"{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
+    try:
+        yield aside
+        for file in sorted(aside.rglob("*")):
+            _sync(file)
+        _sync(aside)
+        aside.replace(output)
+        _sync(output.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _database(folder: Path, config: PrepareConfig) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database that sorts and groups out of core, in ``folder``, which is gone afterwards."""
+    folder.mkdir()
+    with duckdb.connect(str(folder / "log.duckdb")) as db:
+        db.execute("SET temp_directory = $folder", {"folder": str(folder / "spill")})
+        db.execute("SET preserve_insertion_order = true; SET enable_progress_bar = false; SET TimeZone = 'UTC'")
+        if config.threads:
+            db.execute(f"SET threads = {config.threads}")
+        if config.memory_limit:
+            db.execute(f"SET memory_limit = '{config.memory_limit}'")
+        yield db
+    shutil.rmtree(folder)

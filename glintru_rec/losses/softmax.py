@@ -1,0 +1,101 @@
+"""Softmax cross-entropy of the next item: sampled, and exact over the whole catalog.
+
+Shapes: T targets, K negatives, V catalog, D width.
+"""
+
+import torch
+from torch import Tensor
+
+# Logits held at one time by the exact softmax: ROWS x COLUMNS floats, whatever T and V are.
+ROWS, COLUMNS = 1024, 16384
+
+
+def sampled_softmax(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    target_ids: Tensor,
+    negative_ids: Tensor,
+    log_q: Tensor | float | None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Softmax cross-entropy against a sample of the catalog.
+
+        loss = -s⁺ + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
+
+    With ``log_q_j`` the log of how often item j is expected in the sample, the sum is an unbiased estimate of the
+    sum over all other items: the positive was not sampled and is not corrected (arXiv 2507.09331). With the whole
+    catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target itself (an
+    accidental hit) is masked.
+
+    Args:
+        query: ``[T, D]``.
+        positive: embedding of each target, ``[T, D]``.
+        negatives: embeddings of the shared negatives, ``[K, D]``.
+        target_ids: int64 ``[T]``.
+        negative_ids: int64 ``[K]``.
+        log_q: log of the expected count of each negative in the sample, ``[K]`` or one for all; None: no correction.
+        temperature: divides the scores.
+
+    Returns:
+        One loss per target, float32 or wider, ``[T]``.
+    """
+    query = query / temperature
+    positive_score = (query * positive).sum(1, keepdim=True)
+    negative_score = query @ negatives.t()
+    if log_q is not None:
+        negative_score = negative_score - log_q
+    accidental_hits = target_ids.unsqueeze(1) == negative_ids
+    negative_score = negative_score.masked_fill(accidental_hits, -torch.inf)
+    scores = torch.cat([positive_score, negative_score], dim=1)
+    return torch.logsumexp(scores, dim=1) - positive_score.squeeze(1)
+
+
+def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Softmax cross-entropy over the whole catalog, block by block: the ``[T, V]`` logits never exist at once.
+
+    Args:
+        query: ``[T, D]``.
+        items: embedding of every item, ``[V, D]``.
+        target_ids: rows of ``items``, int64 ``[T]``.
+        temperature: divides the scores.
+
+    Returns:
+        One loss per target, ``[T]``.
+    """
+    return _FullSoftmax.apply(query / temperature, items, target_ids)
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """loss_t = logsumexp_v(q_t · e_v) - q_t · e_target; logits are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, items: Tensor, target_ids: Tensor):
+        log_sum = query.new_full((query.size(0),), -torch.inf)
+        for rows, columns in _blocks(query, items):
+            log_sum[rows] = torch.logaddexp(log_sum[rows], torch.logsumexp(query[rows] @ items[columns].t(), dim=1))
+        ctx.save_for_backward(query, items, target_ids, log_sum)
+        return log_sum - (query * items[target_ids]).sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        query, items, target_ids, log_sum = ctx.saved_tensors
+        grad = grads[0]
+        weighted = grad.unsqueeze(1)
+        grad_query = -weighted * items[target_ids]
+        grad_items = torch.zeros_like(items)
+        for rows, columns in _blocks(query, items):
+            softmax = torch.addmm(-log_sum[rows].unsqueeze(1), query[rows], items[columns].t()).exp_()
+            softmax.mul_(weighted[rows])
+            grad_query[rows].addmm_(softmax, items[columns])
+            grad_items[columns].addmm_(softmax.t(), query[rows])
+        grad_items.index_add_(0, target_ids, -weighted * query)
+        return grad_query, grad_items, None
+
+
+def _blocks(query: Tensor, items: Tensor):
+    """Yield slices of the targets and of the catalog that together cover all logits."""
+    for row in range(0, query.size(0), ROWS):
+        for column in range(0, items.size(0), COLUMNS):
+            yield slice(row, row + ROWS), slice(column, column + COLUMNS)

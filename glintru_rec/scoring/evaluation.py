@@ -1,0 +1,185 @@
+"""Leave-one-out evaluation over the whole catalog, in blocks, sharded over the ranks; and the sampled protocols.
+
+Each rank encodes its own users; their queries then visit every rank's share of the catalog, which counts how many items
+score above the target and how many tie with it. Only counts travel back.
+
+Shapes: B users of a rank's batch, G = B x ranks, n items of a rank's share, D width.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from glintru_rec.data.dataset import EvalCases, SequenceDataset
+from glintru_rec.jagged import keep_last, offsets_from_lengths
+from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, sample_candidates, target_ranks
+from glintru_rec.model import SequenceModel
+from glintru_rec.tables.sharding import local_item_vectors
+
+# Scores held at one time: G x BLOCK_ITEMS floats.
+BLOCK_ITEMS = 131_072
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistributedModelParallel,
+    dataset: SequenceDataset,
+    protocol: Protocol,
+    max_seq_len: int,
+    batch_users: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Rank every user's held-out item.
+
+    Args:
+        model: made by `glintru_rec.tables.sharding.distribute`; left in the mode it came in.
+        dataset: its ``protocol.split`` gives histories and targets.
+        protocol: what the target is ranked against.
+        max_seq_len: latest items of a history that the encoder reads; seen items are left out of the whole history.
+        batch_users: users of one rank's batch.
+        progress: called with (users done, users in all).
+
+    Returns:
+        The metrics of `RankingMetrics.compute`, ``num_users``, and ``num_targets_seen``: targets that the user's own
+        history holds, which count as misses when seen items are left out. The same on every rank.
+    """
+    was_training = model.training
+    model.eval()
+    module: SequenceModel = model.module
+    device = model.device
+    cases = dataset.eval_cases(protocol.split)
+    num_users = cases.targets.size
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    vectors, first_item = local_item_vectors(model)
+    vectors = module.normalize(vectors.to(device))
+    counts = torch.from_numpy(dataset.train_counts()).to(device) if protocol.kind == "popularity" else None
+    metrics = RankingMetrics(protocol.ks, device)
+    num_targets_seen = 0
+    for start in range(0, num_users, batch_users * world_size):
+        group = [
+            _Users(cases, start + r * batch_users, min(start + (r + 1) * batch_users, num_users), device)
+            for r in range(world_size)
+        ]
+        own = group[rank]
+        item_ids, offsets = keep_last(own.history, own.offsets, max_seq_len)
+        if protocol.kind == "full":
+            query, _ = module.encode(item_ids, offsets, item_ids[:0])
+            everyone = _Users(cases, start, min(start + batch_users * world_size, num_users), device)
+            queries = _gather(query, [users.targets.numel() for users in group])
+            above, tied = _count_above(queries, vectors, first_item, everyone, protocol.exclude_seen)
+        else:
+            everyone = own
+            above, tied = _count_above_sampled(module, own, item_ids, offsets, protocol, dataset.num_items, counts)
+        ranks = target_ranks(above, tied)
+        seen = everyone.target_is_seen()
+        num_targets_seen += int(seen.sum())
+        if protocol.exclude_seen:
+            ranks = ranks.masked_fill(seen, UNRANKED)
+        metrics.update(ranks)
+        if progress is not None:
+            progress(min(start + batch_users * world_size, num_users), num_users)
+    if protocol.kind != "full":  # each rank has ranked its own users
+        totals = torch.cat([metrics.state(), torch.tensor([float(num_targets_seen)], dtype=torch.float64, device=device)])
+        dist.all_reduce(totals)
+        metrics.load_state(totals[:-1])
+        num_targets_seen = int(totals[-1])
+    model.train(was_training)
+    return {**metrics.compute(), "num_users": num_users, "num_targets_seen": num_targets_seen}
+
+
+class _Users:
+    """Histories and targets of the users ``start .. stop-1``, on the device."""
+
+    def __init__(self, cases: EvalCases, start: int, stop: int, device: torch.device):
+        stop = max(start, stop)
+        start, stop = min(start, cases.targets.size), min(stop, cases.targets.size)
+        bounds = cases.history_offsets[start : stop + 1]
+        self.history = torch.from_numpy(cases.history_items[bounds[0] : bounds[-1]]).to(device)
+        self.offsets = torch.from_numpy(bounds - bounds[0]).to(device)
+        self.targets = torch.from_numpy(cases.targets[start:stop]).to(device)
+        self.user_index = torch.from_numpy(np.asarray(cases.user_index[start:stop])).to(device)
+        self.row_of_history = torch.repeat_interleave(torch.arange(stop - start, device=device), self.offsets.diff())
+
+    def target_is_seen(self) -> Tensor:
+        """Whether the target is an item of the history: bool ``[B]``."""
+        hits = self.history == self.targets[self.row_of_history]
+        return torch.zeros(self.targets.numel(), device=hits.device).index_add_(0, self.row_of_history, hits.float()) > 0
+
+
+def _gather(query: Tensor, sizes: list[int]) -> Tensor:
+    """Bring the queries of all ranks together, in the order of ranks: ``[G, D]``."""
+    if len(sizes) == 1:
+        return query
+    padded = query.new_zeros(max(sizes), query.size(1))
+    padded[: query.size(0)] = query
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    return torch.cat([part[:size] for part, size in zip(received, sizes)])
+
+
+def _count_above(queries: Tensor, vectors: Tensor, first_item: int, users: _Users, exclude_seen: bool) -> tuple[Tensor, Tensor]:
+    """Count the catalog items that score above, and equal to, each user's target: two int64 ``[G]``."""
+    rows = torch.arange(queries.size(0), device=queries.device)
+    local_target = users.targets - first_item
+    is_here = (local_target >= 0) & (local_target < vectors.size(0))
+    blocks = [(begin, vectors[begin : begin + BLOCK_ITEMS]) for begin in range(0, vectors.size(0), BLOCK_ITEMS)]
+    # The target's score is read out of the very product that its rivals' scores come from: computed in another way it
+    # could differ in the last bit, and equal items would not tie.
+    target_score = torch.zeros(queries.size(0), device=queries.device)
+    scores = torch.empty(0)
+    for begin, block in blocks:
+        scores = queries @ block.t()
+        mine = is_here & (local_target >= begin) & (local_target < begin + block.size(0))
+        target_score[mine] = scores[rows[mine], local_target[mine] - begin]
+    dist.all_reduce(target_score)
+    above, tied = torch.zeros_like(rows), torch.zeros_like(rows)
+    for begin, block in blocks:
+        if len(blocks) > 1:
+            scores = queries @ block.t()
+        mine = is_here & (local_target >= begin) & (local_target < begin + block.size(0))
+        scores[rows[mine], local_target[mine] - begin] = -torch.inf  # the target is no rival of its own
+        if exclude_seen:
+            local_seen = users.history - first_item - begin
+            inside = (local_seen >= 0) & (local_seen < block.size(0))
+            scores[users.row_of_history[inside], local_seen[inside]] = -torch.inf
+        above += (scores > target_score.unsqueeze(1)).sum(1)
+        tied += (scores == target_score.unsqueeze(1)).sum(1)
+    both = torch.stack([above, tied])
+    dist.all_reduce(both)
+    return both[0], both[1]
+
+
+def _count_above_sampled(
+    module: SequenceModel,
+    users: _Users,
+    item_ids: Tensor,
+    offsets: Tensor,
+    protocol: Protocol,
+    num_items: int,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Count the sampled candidates that score above, and equal to, each user's target: two int64 ``[B]``."""
+    assert protocol.num_candidates is not None
+    seen, seen_offsets = users.history, users.offsets
+    if not protocol.exclude_seen:
+        seen, seen_offsets = seen[:0], offsets_from_lengths(torch.zeros_like(users.targets))
+    negatives = sample_candidates(
+        protocol.kind,
+        protocol.num_candidates,
+        users.user_index,
+        users.targets,
+        seen,
+        seen_offsets,
+        num_items,
+        counts,
+        protocol.seed,
+    )
+    candidates = torch.cat([users.targets.unsqueeze(1), negatives], dim=1)
+    query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1))
+    scores = (vectors.view(*candidates.shape, -1) @ query.unsqueeze(2)).squeeze(2)
+    rivals, target = scores[:, 1:], scores[:, :1]
+    return (rivals > target).sum(1), (rivals == target).sum(1)

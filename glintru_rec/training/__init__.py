@@ -1,0 +1,1 @@
+"""Training: config, processes, the trainer and its checkpoints."""

@@ -1,0 +1,63 @@
+"""Make a model as a config says: fresh for training, sharded with a checkpoint's weights, or plain in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from glintru_rec.config import from_yaml
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.encoders import build_encoder
+from glintru_rec.errors import InputError
+from glintru_rec.model import SequenceModel
+from glintru_rec.tables.sharding import build_table, distribute
+from glintru_rec.training.checkpoint import RunState, best_checkpoint, load_checkpoint, load_plain, read_state
+from glintru_rec.training.config import TrainConfig
+
+
+def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
+    """Make a fresh model; the weights follow from ``config.trainer.seed``."""
+    torch.manual_seed(config.trainer.seed)
+    encoder = build_encoder(config.model.encoder, config.model.embedding_dim, config.model.options).to(device)
+    table = build_table(num_items, config.model.embedding_dim, config.table, device)
+    return SequenceModel(table, encoder, config.model.similarity)
+
+
+def load_run(run_dir: Path) -> tuple[TrainConfig, Path, RunState]:
+    """Read a run directory: its config, its best checkpoint, and where the run stood there."""
+    checkpoint = best_checkpoint(run_dir)
+    config = from_yaml(run_dir / "config.yaml", TrainConfig)
+    state = read_state(checkpoint)
+    if state.model_fingerprint != config.model_fingerprint():
+        raise InputError(f"{checkpoint} was written by another model than {run_dir / 'config.yaml'} describes")
+    return config, checkpoint, state
+
+
+def check_vocabulary(dataset: SequenceDataset, state: RunState, run_dir: Path) -> None:
+    """Raise an `InputError` unless a run's item table belongs to the dataset's vocabulary."""
+    if dataset.manifest["vocabulary_sha256"] != state.vocabulary_sha256:
+        raise InputError(
+            f"{run_dir} was trained on another vocabulary (sha256 {state.vocabulary_sha256[:12]}…) than the dataset's "
+            f"({dataset.manifest['vocabulary_sha256'][:12]}…): its item table does not belong to these items"
+        )
+
+
+def load_distributed(
+    run_dir: Path, dataset: SequenceDataset, device: torch.device
+) -> tuple[TrainConfig, DistributedModelParallel]:
+    """Make the model of a run on all ranks, with the weights of its best checkpoint."""
+    config, checkpoint, state = load_run(run_dir)
+    check_vocabulary(dataset, state, run_dir)
+    model = distribute(build_model(config, dataset.num_items, device), config.table, device)
+    load_checkpoint(checkpoint, model, optimizer=None)
+    return config, model
+
+
+def load_unsharded(run_dir: Path, num_items: int) -> tuple[TrainConfig, SequenceModel, RunState]:
+    """Make the model of a run whole, on the CPU, with the weights of its best checkpoint and no process group."""
+    config, checkpoint, state = load_run(run_dir)
+    plain = replace(config, table=replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32"))
+    model = build_model(plain, num_items, torch.device("cpu"))
+    load_plain(checkpoint, model)
+    return config, model.eval(), state

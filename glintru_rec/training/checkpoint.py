@@ -1,0 +1,180 @@
+"""Checkpoints of a run: written aside, published whole, found again.
+
+::
+
+    RUN_DIR/checkpoints/step-00001200/   torch.distributed.checkpoint files and progress.json
+    RUN_DIR/best.json                    which of them validated best
+
+A directory gets its name by one rename after every rank has written its part, so what bears the name ``step-…`` is
+whole; what a killed run left half-written is named ``.partial-…`` and removed by the next save.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from glintru_rec.errors import InputError
+from glintru_rec.model import SequenceModel
+from glintru_rec.tables.sharding import materialize_state
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Batches and randomness follow from it and the seed.
+
+    Attributes:
+        model_fingerprint: of the config that the tensors belong to.
+        vocabulary_sha256: of the dataset that the item table belongs to.
+        world_size: ranks that wrote it.
+        step: optimizer steps done.
+        epoch: epoch under way, from 0.
+        step_in_epoch: steps of it done.
+        best_step: step of the best validation; -1 before the first.
+        best_value: its NDCG@10.
+        validations_since_best: for early stopping.
+        finished: whether the run has ended by itself.
+    """
+
+    model_fingerprint: str
+    vocabulary_sha256: str
+    world_size: int
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_step: int = -1
+    best_value: float = 0.0
+    validations_since_best: int = 0
+    finished: bool = False
+
+
+def save_checkpoint(
+    run_dir: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, state: RunState, keep_last: int
+) -> Path:
+    """Write a checkpoint on all ranks, publish it, and drop those no longer kept.
+
+    Args:
+        run_dir: the run directory.
+        model: its shards are written by the ranks that hold them.
+        optimizer: the table's and the dense parameters'.
+        state: written beside the tensors; its ``best_step`` is always kept.
+        keep_last: number of newest checkpoints to keep.
+    """
+    folder = run_dir / "checkpoints"
+    target = folder / f"step-{state.step:08d}"
+    partial = folder / f".partial-{target.name}"
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        for left in [target, *folder.glob(".partial-*")]:
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
+    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_json(partial / "progress.json", asdict(state))
+        os.rename(partial, target)
+        _sync_directory(folder)
+        if state.best_step == state.step:
+            write_json(run_dir / "best.json", {"checkpoint": target.name, "step": state.step, "ndcg@10": state.best_value})
+        best = folder / f"step-{state.best_step:08d}"
+        for old in list_checkpoints(run_dir)[:-keep_last]:
+            if old != best:
+                shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(checkpoint: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer | None) -> None:
+    """Fill model and optimizer, on all ranks, from a checkpoint.
+
+    Raises:
+        InputError: it cannot be read, or holds tensors of other names or shapes.
+    """
+    tensors = {"model": model.state_dict()}
+    if optimizer is not None:
+        materialize_state(optimizer)
+        tensors["optimizer"] = optimizer.state_dict()
+    _load(tensors, checkpoint)
+    model.load_state_dict(tensors["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(tensors["optimizer"])
+
+
+def load_plain(checkpoint: Path, model: SequenceModel) -> None:
+    """Fill an unsharded model in this process alone, with no process group."""
+    tensors = {"model": model.state_dict()}
+    _load(tensors, checkpoint, no_dist=True)
+    model.load_state_dict(tensors["model"])
+
+
+def _load(tensors: dict, checkpoint: Path, **options) -> None:
+    try:
+        dcp.load(tensors, checkpoint_id=checkpoint, **options)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # CheckpointException is no Exception
+        raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {str(error)[:500]}") from error
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Read where the run stood at a checkpoint.
+
+    Raises:
+        InputError: not a whole checkpoint.
+    """
+    try:
+        return RunState(**json.loads((checkpoint / "progress.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """List the whole checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """Find the checkpoint with the best validation, or the newest of a run that never validated.
+
+    Raises:
+        InputError: no run directory, or no checkpoint in it.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"checkpoint={run_dir} is not a run directory: it has no config.yaml")
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        raise InputError(f"checkpoint={run_dir} holds no whole checkpoint")
+    try:
+        name = json.loads((run_dir / "best.json").read_text())["checkpoint"]
+    except FileNotFoundError:
+        return checkpoints[-1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir / 'best.json'} is damaged: {error}") from error
+    if run_dir / "checkpoints" / name not in checkpoints:
+        raise InputError(f"{run_dir / 'best.json'} names {name}, which is not among the checkpoints")
+    return run_dir / "checkpoints" / name
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    with open(partial, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

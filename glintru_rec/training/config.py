@@ -1,0 +1,165 @@
+"""Everything that decides a training run: the schema of ``configs/train.yaml`` and of a run directory's ``config.yaml``."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from glintru_rec.config import check, one_of
+from glintru_rec.errors import InputError
+from glintru_rec.model import SIMILARITIES
+from glintru_rec.tables.item_table import TableConfig
+
+
+@dataclass
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+        path: a sequence dataset, made by ``launch/prepare.py``.
+        max_seq_len: most items that the encoder reads, in training, evaluation and scoring: the latest ones.
+    """
+
+    path: str = MISSING
+    max_seq_len: int = 200
+
+    def __post_init__(self):
+        check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 1, "at least 1")
+
+
+@dataclass
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        encoder: name of the encoder (`glintru_rec.encoders.ENCODERS`).
+        embedding_dim: width D of item embeddings and encoder, a multiple of 4.
+        similarity: ``dot``, or ``cosine`` (choose ``loss.temperature`` near 0.05 then).
+        options: further arguments of the encoder's class.
+    """
+
+    encoder: str = "glint_ru"
+    embedding_dim: int = 64
+    similarity: str = "dot"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check("model.embedding_dim", self.embedding_dim, self.embedding_dim >= 4, "at least 4")
+        one_of("model.similarity", self.similarity, SIMILARITIES)
+
+
+@dataclass
+class LossConfig:
+    """What is minimised.
+
+    Attributes:
+        name: ``sampled_softmax``, or ``full_softmax`` over the whole catalog (small catalogs).
+        num_negatives: negatives that a rank's batch shares; as many as the catalog has items, or more, means all items.
+        logq_correction: correct for the probability with which negatives were drawn.
+        temperature: divides the scores.
+    """
+
+    name: str = "sampled_softmax"
+    num_negatives: int = 1024
+    logq_correction: bool = True
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        one_of("loss.name", self.name, ("sampled_softmax", "full_softmax"))
+        check("loss.num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1")
+        check("loss.temperature", self.temperature, self.temperature > 0, "greater than 0")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, for everything but a sharded table.
+
+    Attributes:
+        learning_rate: of the dense parameters.
+        weight_decay: of the dense parameters.
+        warmup_steps: steps over which all learning rates, the table's too, rise from 0.
+        max_grad_norm: the dense gradients are scaled down to this norm; 0 leaves them.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self):
+        check("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "greater than 0")
+        check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        check("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0 (0: off)")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how much at a time, and what is kept.
+
+    Attributes:
+        max_epochs: passes over the training targets.
+        max_steps: stop after this many steps; 0: no limit.
+        batch_targets: most targets in one rank's batch. A target weighs 1 / batch_targets, whatever batch it is in.
+        seed: of weights, shuffling, dropout and negatives.
+        patience: validations without a better NDCG@10 before training stops; 0: never.
+        validate_every_epochs: epochs between validations.
+        eval_batch_users: users of one rank's batch in validation.
+        checkpoint_every_steps: steps between checkpoints, besides those at validations; 0: none.
+        keep_last: latest checkpoints kept, besides the best.
+        log_every_steps: steps between lines of ``metrics.jsonl``.
+        resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+    """
+
+    max_epochs: int = 20
+    max_steps: int = 0
+    batch_targets: int = 512
+    seed: int = 0
+    patience: int = 5
+    validate_every_epochs: int = 1
+    eval_batch_users: int = 512
+    checkpoint_every_steps: int = 0
+    keep_last: int = 1
+    log_every_steps: int = 50
+    resume: bool = False
+    device: str = "auto"
+
+    def __post_init__(self):
+        counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "keep_last", "log_every_steps")
+        for key in counts:
+            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        for key in ("max_steps", "seed", "patience", "checkpoint_every_steps"):
+            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        output: the run directory.
+    """
+
+    output: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self):
+        if self.model.options.get("causal", True) and self.trainer.batch_targets < self.data.max_seq_len:
+            raise InputError(
+                f"trainer.batch_targets is {self.trainer.batch_targets}, less than data.max_seq_len "
+                f"{self.data.max_seq_len}: the targets of one history must fit into a batch"
+            )
+
+    def model_fingerprint(self) -> str:
+        """Hash what a checkpoint's tensors depend on: the model's config, not how it is trained."""
+        described = {"model": asdict(self.model), "max_seq_len": self.data.max_seq_len}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

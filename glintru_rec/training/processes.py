@@ -1,0 +1,50 @@
+"""The processes of a run: their group, their device, their randomness."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the process group that the launcher set up, or a group of one; leave it at the end.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Yields:
+        This rank's device. CUDA ranks talk over NCCL (and gloo for what lies on the CPU), others over gloo.
+    """
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    this_device = torch.device("cpu")
+    if use_cuda:
+        this_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(this_device)
+    # Of torchrec's own code, not of anything that a user could change.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrec warns without it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield this_device
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Restart torch's generators for one step of one rank.
+
+    All randomness of a step follows from (seed, step, rank): a resumed run draws what it would have drawn, with no
+    generator state to save.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

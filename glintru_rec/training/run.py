@@ -1,0 +1,140 @@
+"""The programs train and evaluate."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import MISSING
+
+from glintru_rec.config import check, one_of
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.errors import InputError
+from glintru_rec.launcher import write_config
+from glintru_rec.metrics import DEFAULT_KS, Protocol
+from glintru_rec.progress import Progress
+from glintru_rec.scoring.evaluation import evaluate
+from glintru_rec.training.build import load_distributed
+from glintru_rec.training.checkpoint import write_json
+from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.processes import process_group
+from glintru_rec.training.run_log import describe_versions
+from glintru_rec.training.trainer import Trainer
+
+
+def train(config: TrainConfig) -> None:
+    """Train into the run directory ``config.output``.
+
+    A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
+    """
+    run_dir = Path(config.output)
+    resume = config.trainer.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    dataset = SequenceDataset.open(config.data.path)
+    with process_group(config.trainer.device) as device:
+        _claim(run_dir, resume)
+        if dist.get_rank() == 0:
+            write_config(config, run_dir / "config.yaml")
+            write_json(run_dir / "versions.json", describe_versions())
+        trainer = Trainer(config, dataset, device)
+        if resume:
+            trainer.resume()
+        state = trainer.fit()
+        if dist.get_rank() == 0:
+            print(f"done: {state.step} steps; best ndcg@10 {state.best_value:.4f} (valid) at step {state.best_step}; {run_dir}")
+
+
+def _claim(run_dir: Path, resume: bool) -> None:
+    """Make the run directory; all ranks refuse one that holds anything, unless the run in it goes on."""
+    taken = run_dir.is_dir() and any(run_dir.iterdir())
+    in_use = torch.tensor([int(taken)])
+    dist.broadcast(in_use, 0)  # rank 0 may have made it already when another rank looks
+    if in_use.item() and not resume:
+        raise InputError(f"output={run_dir} is not empty: choose another, or go on with the run in it by trainer.resume=true")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={run_dir} cannot be made: {error}") from error
+
+
+@dataclass
+class EvaluateDataConfig:
+    """What is evaluated on.
+
+    Attributes:
+        path: a sequence dataset of the vocabulary that the run was trained on.
+    """
+
+    path: str = MISSING
+
+
+@dataclass
+class EvaluateConfig:
+    """An evaluation of a run's best checkpoint.
+
+    Attributes:
+        checkpoint: a run directory.
+        output: file to write, as JSON.
+        split: ``test`` (each user's last item) or ``valid`` (the last but one).
+        candidates: ``full`` catalog, or ``uniform:N`` or ``popularity:N`` sampled negatives (as old papers did).
+        exclude_seen: leave out the items of the user's history.
+        ks: cut-offs.
+        seed: of sampled negatives.
+        batch_users: users of one rank's batch.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    checkpoint: str = MISSING
+    output: str = MISSING
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    split: str = "test"
+    candidates: str = "full"
+    exclude_seen: bool = True
+    ks: list[int] = field(default_factory=lambda: list(DEFAULT_KS))
+    seed: int = 0
+    batch_users: int = 512
+    device: str = "auto"
+
+    def __post_init__(self):
+        one_of("split", self.split, ("valid", "test"))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check("batch_users", self.batch_users, self.batch_users >= 1, "at least 1")
+        self.protocol()
+
+    def protocol(self) -> Protocol:
+        """Collect what the figures depend on."""
+        return Protocol(self.candidates, self.exclude_seen, tuple(self.ks), self.seed, self.split)
+
+
+def evaluate_run(config: EvaluateConfig) -> None:
+    """Write ``{"protocol": …, "metrics": …}`` of a run's best checkpoint to ``config.output``."""
+    output = Path(config.output)
+    if output.is_dir():
+        raise InputError(f"output={output} is a directory; give a file to write, such as {output / 'evaluation.json'}")
+    dataset = SequenceDataset.open(config.data.path)
+    protocol = config.protocol()
+    with process_group(config.device) as device:
+        train_config, model = load_distributed(Path(config.checkpoint), dataset, device)
+        is_first = dist.get_rank() == 0
+        progress = Progress("evaluate", dataset.eval_cases(config.split).targets.size, "users", enabled=is_first)
+        metrics = evaluate(
+            model, dataset, protocol, train_config.data.max_seq_len, config.batch_users, lambda done, _: progress.update(done)
+        )
+        if is_first:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_config(config, output.with_name(output.stem + ".config.yaml"))
+            counted = {name: metrics.pop(name) for name in ("num_users", "num_targets_seen")}
+            described = {**protocol.describe(), **counted, "max_seq_len": train_config.data.max_seq_len}
+            result = {"protocol": described, "metrics": metrics, "checkpoint": str(config.checkpoint)}
+            write_json(output, {**result, "vocabulary_sha256": dataset.manifest["vocabulary_sha256"]})
+            print(protocol)
+            print_metrics(metrics, config.ks)
+            print(f"written: {output}")
+
+
+def print_metrics(metrics: dict[str, float], ks: Sequence[int]) -> None:
+    """Print a metric a row and a cut-off a column."""
+    print("        " + "".join(f"{f'@{k}':>9}" for k in ks))
+    for name in ("hr", "ndcg", "mrr"):
+        print(f"{name:8}" + "".join(f"{metrics[f'{name}@{k}']:9.4f}" for k in ks))

@@ -1,0 +1,214 @@
+"""The training loop, to be read from the top: fit → train_epoch → train_step."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glintru_rec.data.batches import Batch, TrainingBatches
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.errors import InputError
+from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uniform_negatives
+from glintru_rec.metrics import Protocol
+from glintru_rec.progress import Progress
+from glintru_rec.scoring.evaluation import evaluate
+from glintru_rec.tables.sharding import build_optimizer, distribute
+from glintru_rec.training.build import build_model, check_vocabulary
+from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint, write_json
+from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.processes import seed_step
+from glintru_rec.training.run_log import RunLog
+
+
+class Trainer:
+    """Train a model on a sequence dataset.
+
+    Args:
+        config: the whole run.
+        dataset: opened from ``config.data.path``.
+        device: of this rank; the process group exists.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: SequenceDataset, device: torch.device):
+        self.config, self.dataset, self.device = config, dataset, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run_dir = Path(config.output)
+        self.num_items = dataset.num_items
+        self.model = distribute(build_model(config, self.num_items, device), config.table, device)
+        dense = config.optimizer
+        self.optimizer = build_optimizer(
+            self.model,
+            config.table,
+            lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay),
+        )
+        self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        items, offsets = dataset.train_sequences()
+        self.batches = TrainingBatches(
+            items,
+            offsets,
+            config.data.max_seq_len,
+            config.trainer.batch_targets,
+            config.trainer.seed,
+            self.rank,
+            self.world_size,
+            every_position=self.model.module.encoder.causal,
+        )
+        vocabulary_sha256 = dataset.manifest["vocabulary_sha256"]
+        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, self.world_size)
+        self.protocol = Protocol(split="valid")
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the run directory, if there is one."""
+        checkpoints = list_checkpoints(self.run_dir)
+        if not checkpoints:
+            return
+        state = read_state(checkpoints[-1])
+        if state.model_fingerprint != self.state.model_fingerprint:
+            raise InputError(
+                f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
+            )
+        check_vocabulary(self.dataset, state, self.run_dir)
+        if state.world_size != self.world_size:
+            # Steps are counted in batches per rank; start the epoch under way anew rather than skip or repeat parts of it.
+            state.step_in_epoch, state.world_size = 0, self.world_size
+        load_checkpoint(checkpoints[-1], self.model, self.optimizer)
+        self.state = state
+        if self.rank == 0:
+            print(f"resumed from {checkpoints[-1]} (step {state.step}, epoch {state.epoch + 1})", flush=True)
+
+    def fit(self) -> RunState:
+        """Train until the last epoch, the last step, or until validation stops improving."""
+        trainer = self.config.trainer
+        self.log = RunLog(self.run_dir, self.state.step) if self.rank == 0 else None
+        steps_per_epoch = self.batches.num_steps(self.state.epoch)
+        total = trainer.max_epochs * steps_per_epoch
+        self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
+        while not self.state.finished and self.state.epoch < trainer.max_epochs:
+            self.train_epoch()
+            if self._out_of_steps():
+                break
+            self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+            if self.state.epoch % trainer.validate_every_epochs == 0 or self.state.epoch == trainer.max_epochs:
+                self.validate()
+                self.save()
+        if not self.state.finished:  # max_steps ended it within an epoch
+            self.validate()
+            self.state.finished = True
+            self.save()
+        if self.log is not None:
+            self.log.close()
+        return self.state
+
+    def train_epoch(self) -> None:
+        """Train on what is left of the epoch under way."""
+        trainer, state = self.config.trainer, self.state
+        self.model.train()
+        loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # since the last record: losses, targets
+        start = time.monotonic()
+        for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
+            loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
+            state.step += 1
+            state.step_in_epoch += 1
+            if state.step % trainer.log_every_steps == 0:
+                self._record(loss_sum, time.monotonic() - start)
+                start = time.monotonic()
+            if trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0:
+                self.save()
+            if self._out_of_steps():
+                return
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Take one optimizer step.
+
+        The table's rows change inside ``backward()``; the step exchanges embeddings between ranks once each way.
+
+        Returns:
+            Sum of this rank's losses and number of its targets, float64 ``[2]``.
+        """
+        seed_step(self.config.trainer.seed, self.state.step, self.rank)
+        self._set_learning_rate()
+        self.optimizer.zero_grad()
+        losses = self._losses(batch)
+        # A fixed divisor, not the batch's own count: every target of the epoch weighs the same.
+        (losses.sum() / self.config.trainer.batch_targets).backward()
+        if self.config.optimizer.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.module.encoder.parameters(), self.config.optimizer.max_grad_norm)
+        self.optimizer.step()
+        return torch.stack([losses.detach().sum().double(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """One loss per target, ``[T - B]``."""
+        loss = self.config.loss
+        whole_catalog = loss.name == "full_softmax" or loss.num_negatives >= self.num_items
+        if whole_catalog:
+            negative_ids = torch.arange(self.num_items, device=self.device)
+        else:
+            negative_ids = uniform_negatives(self.num_items, loss.num_negatives).to(self.device)
+        output = self.model(batch.item_ids, batch.offsets, negative_ids)
+        if whole_catalog:
+            return full_softmax(output.query, output.negatives, output.target_ids, loss.temperature)
+        log_q = uniform_log_q(self.num_items, loss.num_negatives) if loss.logq_correction else None
+        return sampled_softmax(
+            output.query, output.positive, output.negatives, output.target_ids, negative_ids, log_q, loss.temperature
+        )
+
+    def validate(self) -> None:
+        """Rank the validation targets; note whether this is the best yet, and whether to stop."""
+        trainer, state = self.config.trainer, self.state
+        progress = Progress("validate", 1, "users", enabled=self.rank == 0)
+
+        def update(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        seconds = time.monotonic()
+        metrics = evaluate(
+            self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
+        )
+        seconds = time.monotonic() - seconds
+        if metrics["ndcg@10"] > state.best_value or state.best_step < 0:
+            state.best_step, state.best_value, state.validations_since_best = state.step, metrics["ndcg@10"], 0
+        else:
+            state.validations_since_best += 1
+        state.finished = bool(trainer.patience) and state.validations_since_best >= trainer.patience
+        state.finished = state.finished or state.epoch >= trainer.max_epochs
+        if self.log is not None:
+            self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds)
+            best = "  best so far" if state.best_step == state.step else ""
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr@10"))
+            print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.trainer.keep_last)
+        if self.rank == 0 and self.state.finished:
+            summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
+            write_json(self.run_dir / "finished.json", {**summary, "valid_ndcg@10": self.state.best_value})
+
+    def _out_of_steps(self) -> bool:
+        return 0 < self.config.trainer.max_steps <= self.state.step
+
+    def _set_learning_rate(self) -> None:
+        """Raise all learning rates over the warm-up; the fused table reads its own at the next ``zero_grad``."""
+        warmup = self.config.optimizer.warmup_steps
+        scale = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
+        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates):
+            group["lr"] = base * scale
+
+    def _record(self, loss_sum: Tensor, seconds: float) -> None:
+        """Write the mean loss of all ranks since the last record, and start the next."""
+        dist.all_reduce(loss_sum)
+        total, count = loss_sum.tolist()
+        loss_sum.zero_()
+        if not torch.isfinite(torch.tensor(total)):
+            raise FloatingPointError(
+                f"the loss is {total} at step {self.state.step}; the last good checkpoint stays in {self.run_dir}"
+            )
+        rate = count / seconds
+        if self.log is not None:
+            self.log.write("train", self.state.step, self.state.epoch, loss=total / max(count, 1), targets_per_second=rate)
+        self.progress.update(
+            self.state.step, f"epoch {self.state.epoch + 1}  loss {total / max(count, 1):.4f}  {rate:,.0f} targets/s"
+        )

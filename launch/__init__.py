@@ -1,0 +1,1 @@
+"""One short file per program: its TorchX component, and what it runs."""

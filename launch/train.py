@@ -1,0 +1,26 @@
+"""Train a sequence model."""
+
+import torchx.specs as specs
+
+
+def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
+    """Train a sequence model on a dataset made by launch/prepare.py.
+
+    Writes a run directory: resolved config, versions, checkpoints, metrics.jsonl, TensorBoard events.
+
+    Args:
+        overrides: data.path=DIR output=RUN_DIR [model=glint_ru|glint_ru_light] [loss=sampled_softmax|full_softmax]
+            [experiment=NAME] [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides
+        nproc: processes (ranks) on this machine
+        max_restarts: times that all ranks are restarted, from the last checkpoint, after a failure
+    """
+    from glintru_rec.launcher import app
+
+    return app("train", overrides, nproc, max_restarts)
+
+
+if __name__ == "__main__":
+    from glintru_rec.launcher import run
+    from glintru_rec.training.run import TrainConfig, train
+
+    run("train", TrainConfig, train)

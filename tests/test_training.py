@@ -1,0 +1,196 @@
+"""Training for real: fresh processes, gloo ranks, kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from glintru_rec.config import compose
+from glintru_rec.errors import InputError
+from glintru_rec.training.checkpoint import best_checkpoint, list_checkpoints, read_state
+from glintru_rec.training.config import TrainConfig
+from tests.conftest import REPOSITORY, SMALL, environment, run_program
+
+pytestmark = pytest.mark.programs
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in records(run_dir)]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    from glintru_rec.training.build import load_unsharded
+
+    num_items = json.loads((Path(compose_of(run_dir).data.path) / "manifest.json").read_text())["num_items"]
+    return load_unsharded(run_dir, num_items)[1].state_dict()
+
+
+def compose_of(run_dir: Path) -> TrainConfig:
+    from glintru_rec.config import from_yaml
+
+    return from_yaml(run_dir / "config.yaml", TrainConfig)
+
+
+TWENTY_STEPS = [*SMALL, "trainer.max_steps=20", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=5"]
+
+
+def test_run_directory(run_dir):
+    assert {"config.yaml", "versions.json", "metrics.jsonl", "best.json", "finished.json", "checkpoints", "tensorboard"} <= set(
+        os.listdir(run_dir)
+    )
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    versions = json.loads((run_dir / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert compose_of(run_dir).model.embedding_dim == 16
+    valid = records(run_dir, "valid")
+    assert valid[-1]["ndcg@10"] > 0.3  # the law is easy: chance is about 0.08
+    best = max(valid, key=lambda record: record["ndcg@10"])
+    assert json.loads((run_dir / "best.json").read_text())["step"] == best["step"]
+    assert read_state(best_checkpoint(run_dir)).step == best["step"]
+
+
+@pytest.mark.parametrize("table", ["row_wise", "replicated"])
+def test_resume_equals_uninterrupted(dataset_dir, tmp_path, table):
+    """20 steps whole = 10 and more, killed with -9, and the rest: losses to the bit, weights too."""
+    arguments = [f"data.path={dataset_dir}", f"table={table}", *TWENTY_STEPS]
+    run_program("train", *arguments, f"output={tmp_path / 'whole'}")
+    command = [sys.executable, "-m", "launch.train", *arguments, f"output={tmp_path / 'killed'}"]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed/checkpoints/step-00000010").exists():
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed/finished.json").exists()
+    run_program("train", *arguments, f"output={tmp_path / 'killed'}", "trainer.resume=true")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 21))
+    ours, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_half_written_checkpoint_is_not_taken(dataset_dir, tmp_path):
+    run = tmp_path / "run"
+    arguments = [f"data.path={dataset_dir}", f"output={run}", *SMALL, "trainer.log_every_steps=1"]
+    run_program("train", *arguments, "trainer.max_steps=6", "trainer.checkpoint_every_steps=3", "trainer.keep_last=9")
+    # What a kill in the middle of a save leaves: a directory aside, without its last files.
+    partial = run / "checkpoints/.partial-step-00000009"
+    shutil.copytree(run / "checkpoints/step-00000006", partial)
+    (partial / "progress.json").unlink()
+    (partial / ".metadata").unlink()
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000003", "step-00000006"]
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    result = run_program("train", *arguments, "trainer.max_steps=6", "trainer.resume=true")
+    assert "step-00000003 (step 3" in result.stdout
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+    assert not partial.exists()
+
+
+def test_two_ranks_learn_what_one_learns(dataset_dir, tmp_path):
+    """Two gloo ranks with the table sharded by rows; SGD, so that the sum over ranks is all that matters."""
+    common = [f"data.path={dataset_dir}", *SMALL, "model.options.dropout=0", "trainer.max_epochs=1", "loss=full_softmax"]
+    common += ["table.optimizer=sgd", "trainer.log_every_steps=1", "trainer.patience=0"]
+    run_program("train", *common, f"output={tmp_path / 'two'}", "trainer.batch_targets=64", nproc=2)
+    run_program("train", *common, f"output={tmp_path / 'one'}", "trainer.batch_targets=128")
+    two, one = records(tmp_path / "two", "valid"), records(tmp_path / "one", "valid")
+    assert two[-1]["num_users"] == one[-1]["num_users"]
+    checkpoint = best_checkpoint(tmp_path / "two")
+    assert {path.name.split("_")[2] for path in checkpoint.glob("*.distcp")} == {"0", "1"}  # each rank wrote its part
+    # Batches are packed differently, so the runs are not equal; but both must have learnt, and alike.
+    assert two[-1]["ndcg@10"] == pytest.approx(one[-1]["ndcg@10"], rel=0.2)
+    first = losses(tmp_path / "two")[0][1]
+    assert losses(tmp_path / "two")[-1][1] < first - 0.1
+
+
+def test_resume_on_other_ranks(dataset_dir, tmp_path):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
+    run_program("train", *arguments, "trainer.max_epochs=1", nproc=2)
+    done = losses(tmp_path / "run")[-1][0]
+    (tmp_path / "run/finished.json").unlink()
+    state = json.loads((best_checkpoint(tmp_path / "run") / "progress.json").read_text())
+    (best_checkpoint(tmp_path / "run") / "progress.json").write_text(json.dumps({**state, "finished": False}))
+    result = run_program("train", *arguments, "trainer.max_epochs=2", "trainer.resume=true")
+    assert f"(step {done}, epoch 2)" in result.stdout
+    assert np.mean([loss for step, loss in losses(tmp_path / "run") if step > done]) < losses(tmp_path / "run")[0][1]
+
+
+def test_early_stopping(dataset_dir, tmp_path):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "optimizer.learning_rate=1e-9"]
+    run_program("train", *arguments, "table.learning_rate=1e-9", "trainer.patience=2", "trainer.max_epochs=30")
+    assert len(records(tmp_path / "run", "valid")) <= 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.depth=3"], "depth"),
+        (["model=transformer"], "transformer"),
+        (["trainer.max_epochs=many"], "many"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs is 0; it must be at least 1"),
+        (["loss.temperature=-1"], "loss.temperature is -1.0; it must be greater than 0"),
+        (["model.similarity=euclid"], "model.similarity is 'euclid'; it must be one of dot, cosine"),
+        (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
+        (["table.weight_decay=0.1"], "ignores it"),
+        (["trainer.batch_targets=16"], "trainer.batch_targets is 16"),
+        ([], "missing value: give data.path=… output=…"),
+    ],
+)
+def test_config_errors(overrides, message):
+    paths = ["data.path=x", "output=y"] if overrides else []
+    with pytest.raises(InputError, match=message.replace("[", r"\[").replace("(", r"\(")):
+        compose("train", TrainConfig, [*paths, *overrides])
+
+
+def test_bad_encoder_option_names_the_choices(dataset_dir, tmp_path):
+    result = run_program(
+        "train", f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", "+model.options.depth=3", check=False
+    )
+    assert result.returncode == 2
+    assert "model.options.depth is not an option of glint_ru; it has num_heads" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_occupied_output_is_refused(dataset_dir, run_dir):
+    before = sorted(run_dir.rglob("*"))
+    result = run_program("train", f"data.path={dataset_dir}", f"output={run_dir}", *SMALL, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "is not empty" in result.stderr
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_resume_with_another_model_is_refused(dataset_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.resume=true"]
+    result = run_program("train", *arguments, "model.embedding_dim=32", check=False)
+    assert result.returncode == 2
+    assert "was written by another model" in result.stderr
+
+
+def test_no_dataset(tmp_path):
+    result = run_program("train", f"data.path={tmp_path}", f"output={tmp_path / 'run'}", check=False)
+    assert result.returncode == 2
+    assert "manifest.json" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_key():
+    text = run_program("train", "--help").stdout
+    for key in ("max_seq_len", "num_negatives", "checkpoint_every_steps", "init_std", "warmup_steps"):
+        assert key in text

@@ -1,0 +1,30 @@
+"""Write the histories of a dataset's split with original ids, as `launch/score.py` reads them.
+
+python tools/write_histories.py DATASET OUTPUT.parquet --split test
+"""
+
+import argparse
+import sys
+
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.errors import InputError
+
+
+def main() -> int:
+    """Read the command line, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="a dataset made by launch/prepare.py")
+    parser.add_argument("output", help="parquet file to write: user_id, history, target")
+    parser.add_argument("--split", choices=("valid", "test"), default="test")
+    arguments = parser.parse_args()
+    try:
+        SequenceDataset.open(arguments.dataset).write_histories(arguments.output, arguments.split)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
