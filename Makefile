@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/.ready
-PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
+PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 OUT := outputs/ml100k
 
 # torch, fbgemm and torchrec move together; fbgemm has a build for CUDA machines and one for all others.
@@ -38,11 +38,11 @@ $(READY): pyproject.toml Makefile
 train: $(OUT)/scores/_SUCCESS $(OUT)/evaluation.json
 	@python tools/summary.py $(OUT)
 
-$(OUT)/log/ml-100k.inter: | $(READY)
+$(OUT)/log/ml-100k/ml-100k.inter: | $(READY)
 	python tools/fetch_ml100k.py $(OUT)/log
 
-$(OUT)/dataset/manifest.json: $(OUT)/log/ml-100k.inter
-	torchx run launch/prepare.py input=$(OUT)/log/ml-100k.inter output=$(OUT)/dataset
+$(OUT)/dataset/manifest.json: $(OUT)/log/ml-100k/ml-100k.inter
+	torchx run launch/prepare.py input=$(OUT)/log/ml-100k/ml-100k.inter output=$(OUT)/dataset
 
 # An interrupted run goes on where it was.
 $(OUT)/run/finished.json: $(OUT)/dataset/manifest.json

@@ -249,6 +249,8 @@ def sample_candidates(
         outside = ids[(ids < 0) | (ids >= num_items)]
         if outside.numel():
             raise InputError(f"{name} {outside[0].item()} is outside of the catalog of {num_items} items")
+    if targets.numel() == 0:
+        return targets.new_empty(0, num_candidates)
     sampler = _Sampler(user_index, targets, seen_values, seen_offsets, num_items, counts, seed)
     chosen = targets.new_empty(targets.numel(), num_candidates)
     pending = torch.arange(targets.numel(), device=targets.device)

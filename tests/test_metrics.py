@@ -348,3 +348,8 @@ def test_bad_sampling_arguments_are_refused(changes, message):
     }
     with pytest.raises(InputError, match=message):
         sample_candidates(**arguments | changes)
+
+
+def test_no_user_gets_no_candidates():
+    none = torch.empty(0, dtype=torch.int64)
+    assert sample_candidates("uniform", 5, none, none, none, torch.zeros(1, dtype=torch.int64), 9).shape == (0, 5)

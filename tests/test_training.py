@@ -34,8 +34,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     from glintru_rec.training.build import load_unsharded
 
-    num_items = json.loads((Path(compose_of(run_dir).data.path) / "manifest.json").read_text())["num_items"]
-    return load_unsharded(run_dir, num_items)[1].state_dict()
+    return load_unsharded(run_dir).model.state_dict()
 
 
 def compose_of(run_dir: Path) -> TrainConfig:

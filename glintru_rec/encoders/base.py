@@ -1,5 +1,7 @@
 """The contract that every encoder keeps."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -10,6 +12,14 @@ class Encoder(nn.Module):
     depends on what else is in the batch. A causal encoder's output at position n depends on items ``1 .. n`` only, so
     every position is a training example; a bidirectional one sees the whole sequence, and only its last position may be
     trained on or used as the user's vector.
+
+    A recurrent encoder also goes on from where it was, at a cost that does not depend on the history's length::
+
+        hidden, state = encoder.prefill(x, offsets)   # as forward, and the state after each sequence's last item
+        out, state = encoder.step(x_t, state)         # one more item each: what forward would give at that position
+        state = encoder.init_state(batch_size)        # before the first item
+
+    A state is a NamedTuple of tensors with the sequences as leading dimension.
 
     Attributes:
         width: features D of input and output.
@@ -30,3 +40,23 @@ class Encoder(nn.Module):
             hidden, ``[T, D]``; at a sequence's last position it is the query vector: score(i) = hidden · item_i.
         """
         raise NotImplementedError
+
+    def init_state(self, batch_size: int) -> Any:
+        """Give the state of ``batch_size`` sequences before their first item."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
+
+    def prefill(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Any]:
+        """Encode a ragged batch (see `forward`) and give the state after each sequence's last item."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Take in one item of each sequence.
+
+        Args:
+            x_t: embeddings, ``[B, D]``.
+            state: of B sequences.
+
+        Returns:
+            What `forward` gives at that position, ``[B, D]``, and the state after it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent form")

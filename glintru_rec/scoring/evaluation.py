@@ -180,6 +180,6 @@ def _count_above_sampled(
     )
     candidates = torch.cat([users.targets.unsqueeze(1), negatives], dim=1)
     query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1))
-    scores = (vectors.view(*candidates.shape, -1) @ query.unsqueeze(2)).squeeze(2)
+    scores = (vectors.view(*candidates.shape, query.size(1)) @ query.unsqueeze(2)).squeeze(2)
     rivals, target = scores[:, 1:], scores[:, :1]
     return (rivals > target).sum(1), (rivals == target).sum(1)

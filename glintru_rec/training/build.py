@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
-from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
+from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import build_encoder
 from glintru_rec.errors import InputError
 from glintru_rec.model import SequenceModel
@@ -54,10 +56,28 @@ def load_distributed(
     return config, model
 
 
-def load_unsharded(run_dir: Path, num_items: int) -> tuple[TrainConfig, SequenceModel, RunState]:
-    """Make the model of a run whole, on the CPU, with the weights of its best checkpoint and no process group."""
+class PlainRun(NamedTuple):
+    """A run read into one process."""
+
+    config: TrainConfig
+    state: RunState
+    """Where the run stood at its best checkpoint."""
+    vocabulary: Vocabulary
+    model: SequenceModel
+    """Whole, on the CPU, in evaluation mode, with the weights of the best checkpoint."""
+
+
+def load_unsharded(run_dir: Path) -> PlainRun:
+    """Read a run whole into this process, with no process group.
+
+    Raises:
+        InputError: no run directory, or its parts do not belong together.
+    """
     config, checkpoint, state = load_run(run_dir)
+    vocabulary = Vocabulary.load(run_dir / VOCABULARY_FILE)
+    if vocabulary.sha256 != state.vocabulary_sha256:
+        raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")
     plain = replace(config, table=replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32"))
-    model = build_model(plain, num_items, torch.device("cpu"))
+    model = build_model(plain, vocabulary.num_items, torch.device("cpu"))
     load_plain(checkpoint, model)
-    return config, model.eval(), state
+    return PlainRun(config, state, vocabulary, model.eval())

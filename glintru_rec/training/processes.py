@@ -21,15 +21,13 @@ def process_group(device: str) -> Iterator[torch.device]:
     Yields:
         This rank's device. CUDA ranks talk over NCCL (and gloo for what lies on the CPU), others over gloo.
     """
+    quiet_dependencies()
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     this_device = torch.device("cpu")
     if use_cuda:
         this_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(this_device)
-    # Of torchrec's own code, not of anything that a user could change.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group(backend)
     else:
@@ -39,6 +37,13 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield this_device
     finally:
         dist.destroy_process_group()
+
+
+def quiet_dependencies() -> None:
+    """Hide warnings that torch and torchrec raise about their own code, which a user could change nothing about."""
+    for message in (".*broadcast_buffers.*", ".*we are deprecating ShardedTensor.*", ".*torch.distributed is disabled.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

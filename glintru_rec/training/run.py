@@ -10,7 +10,7 @@ import torch.distributed as dist
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.errors import InputError
 from glintru_rec.launcher import write_config
 from glintru_rec.metrics import DEFAULT_KS, Protocol
@@ -37,6 +37,8 @@ def train(config: TrainConfig) -> None:
         if dist.get_rank() == 0:
             write_config(config, run_dir / "config.yaml")
             write_json(run_dir / "versions.json", describe_versions())
+            (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
+            dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean
         trainer = Trainer(config, dataset, device)
         if resume:
             trainer.resume()

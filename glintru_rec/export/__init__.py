@@ -1,0 +1,6 @@
+"""A trained model as a folder that any program with torch can score with."""
+
+from glintru_rec.export.artifact import Artifact, export_artifact
+from glintru_rec.export.scoring_module import ScoringModule
+
+__all__ = ["Artifact", "ScoringModule", "export_artifact"]

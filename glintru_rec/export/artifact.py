@@ -1,0 +1,211 @@
+"""An artifact: a trained model as a folder that needs torch alone.
+
+::
+
+    model.pt                   TorchScript of `ScoringModule`, for torch.jit.load in Python and torch::jit::load in C++
+    vocabulary/items.parquet   item_id, index, count: the module's item ids are the indices
+    manifest.json              signature, measured parity, where it came from, sha256 of the other two
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glintru_rec.data.vocabulary import Vocabulary
+from glintru_rec.encoders.base import Encoder
+from glintru_rec.errors import InputError
+from glintru_rec.export.parity import TOLERANCE, measure_parity
+from glintru_rec.export.scoring_module import ScoringModule
+
+ARTIFACT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.pt"
+VOCABULARY_FILE = "vocabulary/items.parquet"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported model, verified and loaded.
+
+    Attributes:
+        path: its folder.
+        module: has the methods of `ScoringModule`.
+        vocabulary: between original item ids and the module's.
+        manifest: as `export_artifact` wrote it.
+    """
+
+    path: Path
+    module: torch.jit.ScriptModule
+    vocabulary: Vocabulary
+    manifest: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Artifact":
+        """Read what `export_artifact` wrote, after a check that it is still what was written.
+
+        Args:
+            path: the artifact's folder.
+            device: where the module will run.
+
+        Raises:
+            InputError: the folder is no artifact or one of another version, or a file is missing or was changed.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        for name, sha256 in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise InputError(f"artifact {str(path)!r} lacks {name}; export it again")
+            if _sha256(file) != sha256:
+                raise InputError(f"{name} of artifact {str(path)!r} is not the file that was exported; export it again")
+        vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
+        if vocabulary.sha256 != manifest["vocabulary_sha256"]:
+            raise InputError(f"{VOCABULARY_FILE} of artifact {str(path)!r} is not the vocabulary of its model; export it again")
+        return cls(path, torch.jit.load(str(path / MODEL_FILE), map_location=device), vocabulary, manifest)
+
+
+def export_artifact(
+    encoder: Encoder,
+    similarity: str,
+    item_vectors: Tensor,
+    vocabulary: Vocabulary,
+    output: str | Path,
+    *,
+    max_seq_len: int,
+    encoder_config: dict[str, Any],
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Write a model as an artifact that gives the scores the model gives. It appears at ``output`` whole or not at all.
+
+    Args:
+        encoder: trained; left as it is.
+        similarity: ``dot`` or ``cosine``.
+        item_vectors: the whole item table, ``[V, D]``.
+        vocabulary: of the V items.
+        output: folder to make; it must not exist, or be empty.
+        max_seq_len: the encoder will see each history's last ``max_seq_len`` items.
+        encoder_config: how the encoder was built, for the manifest.
+        provenance: run directory, step, dataset fingerprint and whatever else tells where the model comes from.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: the output folder is taken or cannot be written, or table and vocabulary differ in size.
+        RuntimeError: the written module gives other scores than the model.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"output {str(output)!r} exists and is not an empty folder; remove it or name another")
+    num_items, embedding_dim = item_vectors.shape
+    if num_items != vocabulary.num_items:
+        raise InputError(
+            f"the item table has {num_items} rows, the vocabulary {vocabulary.num_items} items; "
+            f"export a run with the dataset it was trained on"
+        )
+    encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
+    item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
+    with _written_aside(output) as folder:
+        (folder / VOCABULARY_FILE).parent.mkdir()
+        vocabulary.save(folder / VOCABULARY_FILE)
+        module = ScoringModule(encoder, item_vectors, similarity, max_seq_len).eval()
+        torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
+        parity = measure_parity(torch.jit.load(str(folder / MODEL_FILE)), encoder, similarity, item_vectors, max_seq_len)
+        for method, figures in parity.items():
+            if not figures["relative"] <= TOLERANCE:  # true for NaN too
+                raise RuntimeError(
+                    f"the exported {method} differs from the model by {figures['max_abs_difference']:.3g} at a scale of "
+                    f"{figures['scale']:.3g}; at most {TOLERANCE} of the scale is allowed, so nothing was written"
+                )
+        manifest = {
+            "artifact_version": ARTIFACT_VERSION,
+            "format": "torchscript",
+            "precision": "fp32",
+            "signature": _signature(embedding_dim),
+            "num_items": num_items,
+            "embedding_dim": embedding_dim,
+            "max_seq_len": max_seq_len,
+            "similarity": similarity,
+            "encoder": encoder_config,
+            "vocabulary_sha256": vocabulary.sha256,
+            "provenance": provenance,
+            "versions": {"torch": torch.__version__, "glintru_rec": importlib.metadata.version("glintru_rec")},
+            "parity": {"tolerance": TOLERANCE, **parity},
+            "files": {name: _sha256(folder / name) for name in (MODEL_FILE, VOCABULARY_FILE)},
+        }
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _signature(embedding_dim: int) -> dict[str, Any]:
+    """Describe every method: T items of B histories, C candidates; all of these may be 0."""
+
+    def tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:
+        return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+    histories = [tensor("item_ids", "int64", "T"), tensor("lengths", "int64", "B")]
+    candidates = [tensor("candidates", "int64", "C"), tensor("candidate_lengths", "int64", "B")]
+    options = [{"name": "k", "dtype": "int"}, {"name": "exclude_seen", "dtype": "bool", "default": True}]
+    return {
+        "encode": {"inputs": histories, "outputs": [tensor("query", "float32", "B", embedding_dim)]},
+        "score": {"inputs": histories + candidates, "outputs": [tensor("scores", "float32", "C")]},
+        "top_k": {
+            "inputs": histories + options,
+            "outputs": [tensor("ids", "int64", "B", "k"), tensor("scores", "float32", "B", "k")],
+        },
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"artifact {str(path)!r} has no {MANIFEST_FILE}; give a folder that was exported") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} cannot be read: {error}; export it again") from error
+    version = manifest.get("artifact_version") if isinstance(manifest, dict) else None
+    if version != ARTIFACT_VERSION:
+        raise InputError(
+            f"artifact {str(path)!r} has artifact_version {version!r}, this program reads {ARTIFACT_VERSION}; export it again"
+        )
+    if not {MODEL_FILE, VOCABULARY_FILE} <= set(manifest.get("files", ())) or "vocabulary_sha256" not in manifest:
+        raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _written_aside(output: Path) -> Iterator[Path]:
+    """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error."""
+    output = output.absolute()
+    aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        aside.replace(output)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

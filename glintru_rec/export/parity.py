@@ -1,0 +1,94 @@
+"""Measure how far an exported module is from the model it was made of.
+
+Shapes: T items of a ragged batch, B histories, D width, V catalog.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glintru_rec.encoders.base import Encoder
+from glintru_rec.jagged import keep_last, offsets_from_lengths, sequence_index
+from glintru_rec.model import SequenceModel
+
+TOLERANCE = 1e-5
+
+_K = 100
+_CANDIDATES = 16
+_CATALOG_BLOCK = 1 << 16
+# TorchScript watches a graph's first call and optimises it for the second; both must agree with the model.
+_CALLS = 2
+
+
+class _PlainTable(nn.Module):
+    """The item table as one tensor."""
+
+    def __init__(self, item_vectors: Tensor):
+        super().__init__()
+        self.item_vectors = item_vectors
+
+    def forward(self, item_ids: Tensor, more_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.item_vectors[item_ids], self.item_vectors[more_ids]
+
+
+@torch.inference_mode()
+def measure_parity(
+    module: Any, encoder: Encoder, similarity: str, item_vectors: Tensor, max_seq_len: int
+) -> dict[str, dict[str, float]]:
+    """Compare every method of an exported module with the eager `SequenceModel` on random histories.
+
+    Some of the histories are empty, some longer than ``max_seq_len``.
+
+    Args:
+        module: the exported module, as loaded from its file.
+        encoder: the encoder it was made of, in evaluation mode.
+        similarity: ``dot`` or ``cosine``.
+        item_vectors: the item table it was made of, ``[V, D]``.
+        max_seq_len: see `ScoringModule`.
+
+    Returns:
+        For each method ``max_abs_difference``, ``scale`` (the largest magnitude of the model's own values, but at least
+        1) and ``relative``, their ratio.
+    """
+    model = SequenceModel(_PlainTable(item_vectors), encoder, similarity).eval()
+    generator = torch.Generator().manual_seed(0)
+    num_items = item_vectors.size(0)
+    lengths = torch.tensor([0, 1, 2, max_seq_len, max_seq_len + 1, 2 * max_seq_len + 3, 0, 5])
+    item_ids = torch.randint(num_items, (int(lengths.sum()),), generator=generator)
+    candidate_lengths = torch.full_like(lengths, _CANDIDATES)
+    candidates = torch.randint(num_items, (int(candidate_lengths.sum()),), generator=generator)
+
+    offsets = offsets_from_lengths(lengths)
+    recent, recent_offsets = keep_last(item_ids, offsets, max_seq_len)
+    query, candidate_vectors = model.encode(recent, recent_offsets, candidates)
+    rows = sequence_index(offsets_from_lengths(candidate_lengths), candidates.numel())
+    scores = (query[rows] * candidate_vectors).sum(1)
+    catalog = torch.cat([query @ model.normalize(block).t() for block in item_vectors.split(_CATALOG_BLOCK)], dim=1)
+    catalog[sequence_index(offsets, item_ids.numel()), item_ids] = -torch.inf
+    best = torch.full((lengths.numel(), _K), -torch.inf)
+    best[:, : min(_K, num_items)] = catalog.topk(min(_K, num_items), dim=1).values
+
+    worst = dict.fromkeys(("encode", "score", "top_k"), torch.zeros(()))
+    for _ in range(_CALLS):
+        top_ids, top_scores = module.top_k(item_ids, lengths, _K, True)
+        top_again = torch.where(top_ids < 0, -torch.inf, catalog.gather(1, top_ids.clamp(min=0)))
+        differences = {
+            "encode": _difference(module.encode(item_ids, lengths), query),
+            "score": _difference(module.score(item_ids, lengths, candidates, candidate_lengths), scores),
+            # The order of nearly equal scores may differ: compare sorted scores, and what the model gives the same ids.
+            "top_k": torch.maximum(_difference(top_scores, best), _difference(top_again, best)),
+        }
+        worst = {name: torch.maximum(worst[name], difference) for name, difference in differences.items()}
+    largest = {"encode": query, "score": scores, "top_k": best[best.isfinite()]}
+    return {name: _figures(difference, largest[name]) for name, difference in worst.items()}
+
+
+def _difference(values: Tensor, truth: Tensor) -> Tensor:
+    """Give the largest absolute difference; equal infinities do not differ, and NaN is not equal to itself."""
+    return torch.where(values == truth, 0, (values - truth).abs()).max()
+
+
+def _figures(difference: Tensor, truth: Tensor) -> dict[str, float]:
+    scale = max([1.0, *truth.abs().flatten().tolist()])
+    return {"max_abs_difference": difference.item(), "scale": scale, "relative": difference.item() / scale}

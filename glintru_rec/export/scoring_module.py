@@ -1,0 +1,185 @@
+"""What an artifact runs: a model behind methods that take and give tensors only. It needs torch alone.
+
+Everything here is compiled by TorchScript, so the file it is saved to loads where this package is not installed.
+
+Shapes: T items of a ragged batch, B histories, C candidates of a ragged batch, D width, V catalog, n items of a block.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from glintru_rec.encoders.base import Encoder
+from glintru_rec.jagged import keep_last, last_of_each, offsets_from_lengths, sequence_index
+
+MAX_BLOCK_CELLS = 1 << 24  # 64 MiB of float32
+
+
+class ScoringModule(nn.Module):
+    """Encode histories, score candidates and find the best items of the catalog.
+
+    Item ids are rows of the item table. Batches and histories may have any length, 0 included; a history's result does
+    not depend on the rest of the batch. An empty history has the query 0, so every item scores 0.
+
+    Args:
+        encoder: turns item vectors into hidden vectors.
+        item_vectors: the item table as trained, float32 ``[V, D]``. Kept as it is, not copied.
+        similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
+        max_seq_len: the encoder sees each history's last ``max_seq_len`` items.
+        max_block_cells: largest number of scores or features that `score` and `top_k` compute at once.
+    """
+
+    item_vectors: Tensor
+    item_scale: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        item_vectors: Tensor,
+        similarity: str,
+        max_seq_len: int,
+        max_block_cells: int = MAX_BLOCK_CELLS,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.cosine = similarity == "cosine"
+        self.max_seq_len = max_seq_len
+        self.max_block_cells = max_block_cells
+        self.register_buffer("item_vectors", item_vectors)
+        # One number an item instead of a second, normalised table; the floor is that of torch.nn.functional.normalize.
+        scale = item_vectors.norm(dim=1).clamp(min=1e-12).reciprocal() if self.cosine else item_vectors.new_ones(0)
+        self.register_buffer("item_scale", scale)
+
+    def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Do what `encode` does."""
+        return self.encode(item_ids, lengths)
+
+    @torch.jit.export
+    def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Encode histories.
+
+        Args:
+            item_ids: the histories, oldest item first, one after the other, int64 ``[T]``.
+            lengths: items of each history, int64 ``[B]``, T in all.
+
+        Returns:
+            query, float32 ``[B, D]``. With ``dot`` an item's score is ``query · item_vectors[i]``; with ``cosine`` the
+            query has length 1, and so must the item's vector.
+
+        Raises:
+            ValueError: ``lengths`` do not add up to T.
+        """
+        offsets = _offsets(lengths, item_ids)
+        recent, offsets = keep_last(item_ids, offsets, self.max_seq_len)
+        hidden = self.encoder(self.item_vectors.index_select(0, recent), offsets)
+        query = last_of_each(hidden, offsets)
+        if self.cosine:
+            query = functional.normalize(query, dim=1)
+        return query
+
+    @torch.jit.export
+    def score(self, item_ids: Tensor, lengths: Tensor, candidates: Tensor, candidate_lengths: Tensor) -> Tensor:
+        """Score each history's own candidates.
+
+        Args:
+            item_ids: int64 ``[T]``, see `encode`.
+            lengths: int64 ``[B]``.
+            candidates: items to score, history after history, int64 ``[C]``.
+            candidate_lengths: candidates of each history, int64 ``[B]``, C in all.
+
+        Returns:
+            scores, float32 ``[C]``, in the order of ``candidates``.
+
+        Raises:
+            ValueError: lengths do not add up, or there are candidates for more or fewer than B histories.
+        """
+        if candidate_lengths.numel() != lengths.numel():
+            raise ValueError(f"{candidate_lengths.numel()} candidate lengths were given for {lengths.numel()} histories")
+        query = self.encode(item_ids, lengths)
+        rows = sequence_index(_offsets(candidate_lengths, candidates), candidates.size(0))
+        block = max(1, self.max_block_cells // query.size(1))
+        scores = query.new_empty(candidates.size(0))
+        for start in range(0, candidates.size(0), block):
+            items = candidates[start : start + block]
+            products = query.index_select(0, rows[start : start + block]) * self.item_vectors.index_select(0, items)
+            block_scores = products.sum(1)
+            if self.cosine:
+                block_scores = block_scores * self.item_scale.index_select(0, items)
+            scores[start : start + block] = block_scores
+        return scores
+
+    @torch.jit.export
+    def top_k(self, item_ids: Tensor, lengths: Tensor, k: int, exclude_seen: bool = True) -> tuple[Tensor, Tensor]:
+        """Find each history's best items among the whole catalog, exactly.
+
+        Args:
+            item_ids: int64 ``[T]``, see `encode`. Give whole histories: what lies before the last ``max_seq_len`` items
+                does not reach the encoder, but it was seen.
+            lengths: int64 ``[B]``.
+            k: items to find, at least 1.
+            exclude_seen: leave out the items of the history.
+
+        Returns:
+            ids, int64 ``[B, k]``, and scores, float32 ``[B, k]``, best first; of equal scores the lower id comes first.
+            Where fewer than k items are left, the tail has id -1 and score -inf.
+
+        Raises:
+            ValueError: k is not positive, or ``lengths`` do not add up to T.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        query = self.encode(item_ids, lengths)
+        # Seen items in the order of the catalog: those of a block lie next to each other.
+        seen, order = torch.sort(item_ids)
+        seen_rows = sequence_index(_offsets(lengths, item_ids), item_ids.size(0))[order]
+        best_ids = torch.full([query.size(0), k], -1, dtype=torch.int64, device=query.device)
+        best_scores = torch.full([query.size(0), k], float("-inf"), dtype=query.dtype, device=query.device)
+        num_items = self.item_vectors.size(0)
+        block = max(1, self.max_block_cells // max(1, query.size(0)))
+        starts = torch.arange(0, num_items + block, block, device=query.device)
+        seen_before: list[int] = torch.searchsorted(seen, starts).tolist()
+        for i, start in enumerate(range(0, num_items, block)):
+            scores = torch.mm(query, self.item_vectors[start : start + block].t())
+            if self.cosine:
+                scores.mul_(self.item_scale[start : start + block])
+            if exclude_seen:
+                here, there = seen_before[i], seen_before[i + 1]
+                scores[seen_rows[here:there], seen[here:there] - start] = float("-inf")
+            places = _best_places(scores, k)
+            best_ids = torch.cat([best_ids, places + start], dim=1)
+            best_scores = torch.cat([best_scores, scores.gather(1, places)], dim=1)
+            # Stable, and earlier blocks come first: of equal scores the lower id wins, and -1 wins over a seen item.
+            order = torch.sort(best_scores, dim=1, descending=True, stable=True)[1][:, :k]
+            best_ids = best_ids.gather(1, order)
+            best_scores = best_scores.gather(1, order)
+        return best_ids, best_scores
+
+
+def _offsets(lengths: Tensor, values: Tensor) -> Tensor:
+    """Turn lengths into offsets, after a check that they cut ``values`` without rest."""
+    offsets = offsets_from_lengths(lengths)
+    total = int(offsets[-1].item())
+    if total != values.size(0) or bool((lengths < 0).any()):
+        raise ValueError(f"lengths must not be negative and must add up to {values.size(0)} items; they add up to {total}")
+    return offsets
+
+
+def _best_places(scores: Tensor, k: int) -> Tensor:
+    """Give the columns of each row's k best scores in ascending order, the lower columns where scores are equal.
+
+    Args:
+        scores: ``[B, n]``.
+        k: at least 1.
+
+    Returns:
+        int64 ``[B, min(k, n)]``.
+    """
+    if k >= scores.size(1):
+        return torch.arange(scores.size(1), device=scores.device).expand(scores.size(0), -1)
+    best, places = torch.topk(scores, k + 1, dim=1)
+    places = places[:, :k]
+    # topk takes any of several equal scores; where that decides who is in, which is rare, sort the row in full.
+    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > float("-inf"))
+    if bool(tied.any()):
+        places[tied] = torch.sort(scores[tied], dim=1, descending=True, stable=True)[1][:, :k]
+    return torch.sort(places, dim=1)[0]

@@ -1,0 +1,159 @@
+"""Rows to score: histories and candidates with original ids in, ragged vocabulary indices out.
+
+Rows that cannot be scored come out too, each with its reason. No step is a loop over rows.
+
+Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ragged column.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glintru_rec.data.vocabulary import Vocabulary
+
+
+class Reason(enum.StrEnum):
+    """Why a row is set aside; where several apply, the first."""
+
+    NULL_USER = "null_user"
+    NULL_HISTORY = "null_history"
+    NULL_HISTORY_ITEM = "null_history_item"
+    NULL_CANDIDATES = "null_candidates"
+    NULL_CANDIDATE = "null_candidate"
+    EMPTY_HISTORY = "empty_history"
+
+
+_REASONS = np.array(list(Reason), dtype=object)
+
+
+class Columns(NamedTuple):
+    """The names of the columns to read."""
+
+    user: str
+    history: str
+    candidates: str | None
+    """None where no candidates are asked for."""
+
+
+class Ragged(NamedTuple):
+    """Vocabulary indices, row after row."""
+
+    indices: np.ndarray
+    """int64 ``[T]``, all known."""
+    lengths: np.ndarray
+    """int64 ``[B]``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch, ready to be scored.
+
+    Attributes:
+        num_read: rows read, R: those to be scored and those set aside.
+        users: their ids as they were, ``[B]``.
+        history: the known items of each, oldest first; no history is empty.
+        candidates: the known candidates of each, in the order given; empty where none are asked for.
+        unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
+            that has no item left count too.
+        unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
+        set_aside: the other rows: user_id, reason, fragment, row.
+    """
+
+    num_read: int
+    users: pa.Array
+    history: Ragged
+    candidates: Ragged
+    unknown_history_items: int
+    unknown_candidates: pa.Table
+    set_aside: pa.Table
+
+
+def decode(batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int) -> Rows:
+    """Look up the items of a batch and set aside the rows that cannot be scored.
+
+    Args:
+        batch: has the ``columns``, of types that `open_fragments` allows.
+        columns: which is which.
+        vocabulary: gives the indices.
+        fragment: where the rows are from, for what is set aside.
+        first_row: number of the batch's first row in the fragment.
+    """
+    users = batch.column(columns.user)
+    if pa.types.is_dictionary(users.type):
+        users = users.dictionary_decode()
+    no_candidates = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
+    history = _Lists(batch.column(columns.history), vocabulary)
+    candidates = _Lists(batch.column(columns.candidates) if columns.candidates else no_candidates, vocabulary)
+
+    reason = np.full(len(batch), -1)
+    _mark(reason, Reason.NULL_USER, _is_null(users))
+    _mark(reason, Reason.NULL_HISTORY, history.is_null)
+    _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
+    _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
+    unknown_items = history.unknown(reason < 0)
+    _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
+    keep = reason < 0
+    unknown_candidates = candidates.unknown(keep)
+
+    def located(rows: np.ndarray, name: str, column: pa.Array) -> pa.Table:
+        user = users.take(pa.array(rows)).cast(pa.string())
+        where = {"fragment": pa.repeat(pa.scalar(fragment), len(rows)), "row": pa.array(rows + first_row)}
+        return pa.table({"user_id": user, name: column.cast(pa.string()), **where})
+
+    aside = np.flatnonzero(~keep)
+    return Rows(
+        num_read=len(batch),
+        users=users.filter(pa.array(keep)),
+        history=history.known(keep),
+        candidates=candidates.known(keep),
+        unknown_history_items=len(unknown_items),
+        unknown_candidates=located(
+            candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
+        ),
+        set_aside=located(aside, "reason", pa.array(_REASONS[reason[aside]], pa.string())),
+    )
+
+
+class _Lists:
+    """A list column as read, ids looked up.
+
+    Attributes:
+        values: all ids, ``[T]``.
+        rows: the row of each, ``[T]``.
+        indices: the index of each, -1 where unknown, ``[T]``.
+        is_null: whether a row has no list, ``[R]``.
+        holds_null: whether a row's list has a null inside, ``[R]``.
+        num_known: known ids of each row, ``[R]``.
+    """
+
+    def __init__(self, column: pa.Array, vocabulary: Vocabulary):
+        lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        self.values = column.flatten()
+        self.rows = np.repeat(np.arange(len(column)), lengths)
+        self.indices = vocabulary.encode(self.values)
+        self.is_null = _is_null(column)
+        self.holds_null = np.zeros(len(column), dtype=bool)
+        self.holds_null[self.rows[_is_null(self.values)]] = True
+        self.num_known = np.bincount(self.rows[self.indices >= 0], minlength=len(column))
+
+    def known(self, keep: np.ndarray) -> Ragged:
+        """Give the known ids of the rows to keep."""
+        return Ragged(self.indices[(self.indices >= 0) & keep[self.rows]], self.num_known[keep])
+
+    def unknown(self, keep: np.ndarray) -> np.ndarray:
+        """Give the places in ``values`` of the unknown ids of the rows to keep."""
+        return np.flatnonzero((self.indices < 0) & keep[self.rows])
+
+
+def _is_null(array: pa.Array) -> np.ndarray:
+    return array.is_null().to_numpy(zero_copy_only=False)
+
+
+def _mark(reason: np.ndarray, why: Reason, rows: np.ndarray) -> None:
+    """Note a reason for the rows that have none yet."""
+    reason[rows & (reason < 0)] = list(Reason).index(why)

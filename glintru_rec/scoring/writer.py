@@ -1,0 +1,108 @@
+"""Write the output of one fragment whole or not at all."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_ROW_GROUP_BYTES = 32 << 20
+
+
+class FragmentWriter:
+    """The output files of one input fragment; used as a context.
+
+    Files grow under hidden names. At the end of the context they are synced and take their own names, the scores last:
+    where they are, the fragment is complete. After an error nothing is left.
+
+    Args:
+        output: folder of the job's output.
+        name: of the files, in ``output`` and in the folders beside the scores.
+        schema: of the scores.
+    """
+
+    def __init__(self, output: Path, name: str, schema: pa.Schema):
+        self._output = output
+        self._name = name
+        self._files: dict[str, _GrowingFile] = {}
+        self._scores = _GrowingFile(output / name, schema)
+
+    def write_scores(self, table: pa.Table) -> None:
+        """Add scored rows."""
+        self._scores.write(table)
+
+    def write_beside(self, folder: str, table: pa.Table) -> None:
+        """Add rows to the file in ``folder``, which is made for the first row."""
+        if not len(table):
+            return
+        if folder not in self._files:
+            (self._output / folder).mkdir(exist_ok=True)
+            self._files[folder] = _GrowingFile(self._output / folder / self._name, table.schema)
+        self._files[folder].write(table)
+
+    def __enter__(self) -> "FragmentWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        files = [*self._files.values(), self._scores]
+        try:
+            for file in files:
+                file.close()
+            if error is None:
+                for file in files:
+                    file.publish()
+        finally:
+            for file in files:
+                file.discard()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    _publish(aside, path)
+
+
+class _GrowingFile:
+    """A parquet file under a hidden name, in row groups of a bounded size."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._path = path
+        self._aside = path.with_name(f".{path.name}.partial")
+        self._schema = schema
+        self._writer = pq.ParquetWriter(self._aside, schema, compression="zstd")
+        self._pending: list[pa.Table] = []
+
+    def write(self, table: pa.Table) -> None:
+        self._pending.append(table)
+        if sum(part.nbytes for part in self._pending) >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def publish(self) -> None:
+        _publish(self._aside, self._path)
+
+    def discard(self) -> None:
+        self._aside.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_table(pa.concat_tables(self._pending))
+            self._pending = []
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Give a finished file its name; both are on the disk afterwards."""
+    _sync(aside)
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,23 @@
+"""TorchScript artifact of a run."""
+
+import torchx.specs as specs
+
+
+def py(*overrides: str) -> specs.AppDef:
+    """Export a run's best checkpoint to an artifact that loads with torch alone.
+
+    Writes model.pt, the vocabulary and a manifest.
+
+    Args:
+        overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR and other hydra overrides
+    """
+    from glintru_rec.launcher import app
+
+    return app("export", overrides)
+
+
+if __name__ == "__main__":
+    from glintru_rec.export.program import ExportConfig, export_run
+    from glintru_rec.launcher import run
+
+    run("export", ExportConfig, export_run)

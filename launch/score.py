@@ -1,0 +1,24 @@
+"""Offline scoring with an artifact."""
+
+import torchx.specs as specs
+
+
+def py(*overrides: str) -> specs.AppDef:
+    """Score users' histories with an exported artifact.
+
+    Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason.
+
+    Args:
+        overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode [top_k=100]
+            [exclude_seen=true] and other hydra overrides
+    """
+    from glintru_rec.launcher import app
+
+    return app("score", overrides)
+
+
+if __name__ == "__main__":
+    from glintru_rec.launcher import run
+    from glintru_rec.scoring.program import ScoreConfig, score_program
+
+    run("score", ScoreConfig, score_program)
