@@ -60,6 +60,23 @@ def last_of_each(hidden: Tensor, offsets: Tensor) -> Tensor:
     return padded[rows]
 
 
+def last_items(values: Tensor, offsets: Tensor, count: int) -> Tensor:
+    """Give the last ``count`` items of every sequence, zeros before a sequence's first.
+
+    Args:
+        values: ``[T, D]``.
+        offsets: int64 ``[B + 1]``.
+        count: at least 0.
+
+    Returns:
+        ``[B, count, D]``, in time order.
+    """
+    rows = offsets[1:].unsqueeze(1) - count + torch.arange(count, device=offsets.device)
+    rows = torch.where(rows >= offsets[:-1].unsqueeze(1), rows, torch.full_like(rows, values.size(0)))
+    padded = torch.cat([values, values.new_zeros(1, values.size(1))])  # the row that stands for none
+    return padded[rows]
+
+
 def keep_last(values: Tensor, offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     """Cut every sequence to its last ``max_length`` items.
 

@@ -9,6 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+
+# Tests are many small operations and share the cores with the processes that some of them start.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 

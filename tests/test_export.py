@@ -43,6 +43,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 
+torch.set_num_threads(1)
 for kind in sys.argv[1:]:
     module = torch.jit.load(f"{kind}/model.pt")
     outputs = []
@@ -55,6 +56,15 @@ for kind in sys.argv[1:]:
         ])
     torch.save(outputs, f"{kind}.pt")
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads do not help tensors this small, and wait for each other where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class PlainTable(nn.Module):

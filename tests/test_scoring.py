@@ -30,6 +30,15 @@ STRING_IDS = pa.array([f"item ü/{i}" for i in range(NUM_ITEMS)])
 INT_IDS = pa.array(np.arange(NUM_ITEMS)[::-1] + FIRST_ID)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads do not help tensors this small, and wait for each other where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class PlainTable(nn.Module):
     def __init__(self):
         super().__init__()

@@ -4,137 +4,15 @@ Zhang et al., "GLINT-RU: Gated Lightweight Intelligent Recurrent Units for Seque
 arXiv 2406.10244. The published code pads, attends to future items and trains on one target per prefix; this one is
 ragged and causal by default (``causal=False`` reads as the published code does).
 
-Shapes: T items, B sequences, D width, H heads, d = D / H, k taps of the convolutions.
+Shapes: T items, B sequences, L blocks, D width, H heads, d = D / H, k taps of the convolutions.
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.glint_ru_block import DenseSelectiveGRU, GlintRUBlock, GlintRUState
 from glintru_rec.errors import InputError
-from glintru_rec.ops.conv import ragged_conv1d
-from glintru_rec.ops.gru import ragged_gru
-from glintru_rec.ops.linear_attention import linear_attention
-
-
-class LinearAttentionExpert(nn.Module):
-    """Attend with unit-length ELU features in place of a softmax.
-
-    q̂ = q / ‖q‖ and k̂ = k / ‖k‖ of q = elu(e Wq + bq), k = elu(e Wk + bk), head by head; v = e Wv + bv;
-    a_n = q̂_nᵀ (Σ_m k̂_m v_mᵀ) / sqrt(d);  A_n = LN(dropout(a_n Wa + ba) + e_n).
-    """
-
-    def __init__(self, width: int, num_heads: int, dropout: float, norm_eps: float, causal: bool):
-        super().__init__()
-        self.num_heads = num_heads
-        self.causal = causal
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
-
-    def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
-        """Map ``[T, D]`` to ``[T, D]``."""
-        heads = [e.size(0), self.num_heads, e.size(1) // self.num_heads]
-        # The eps of normalize keeps a zero row (elu(0) = 0) at zero, where the published code divides 0 by 0.
-        q = functional.normalize(functional.elu(self.query(e)).view(heads), dim=2, eps=1e-12)
-        k = functional.normalize(functional.elu(self.key(e)).view(heads), dim=2, eps=1e-12)
-        a = linear_attention(q, k, self.value(e).view(heads), offsets, self.causal) / math.sqrt(heads[2])
-        return self.norm(self.dropout(self.out(a.reshape(e.size(0), e.size(1)))) + e)
-
-
-class DenseSelectiveGRU(nn.Module):
-    """A GRU between two short convolutions, its output gated by what it was given.
-
-    c = conv(e W0 + b0);  h = GRU(c);  Φ = h W_H + b_H;  g = dropout(SiLU(c Wδ + bδ) WΩ + bΩ);  Y = conv(g ⊗ Φ).
-    """
-
-    def __init__(self, width: int, kernel_size: int, gate_dropout: float, causal: bool):
-        super().__init__()
-        self.causal = causal
-        self.dense_in = nn.Linear(width, width)
-        self.conv_in = nn.Conv1d(width, width, kernel_size)
-        self.weight_ih = nn.Parameter(torch.empty(3 * width, width))
-        self.weight_hh = nn.Parameter(torch.empty(3 * width, width))
-        self.channel_crossing = nn.Linear(width, width)
-        self.gate_down = nn.Linear(width, width // 2)
-        self.gate_up = nn.Linear(width // 2, width)
-        self.gate_dropout = nn.Dropout(gate_dropout)
-        self.conv_out = nn.Conv1d(width, width, kernel_size)
-
-    def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
-        """Map ``[T, D]`` to ``[T, D]``."""
-        conv_in, conv_out = self.conv_in, self.conv_out
-        bias_in, bias_out = conv_in.bias, conv_out.bias
-        assert bias_in is not None  # for TorchScript, which reads conv.bias as optional
-        assert bias_out is not None
-        c = ragged_conv1d(self.dense_in(e), conv_in.weight, bias_in, offsets, self.causal)
-        h, _ = ragged_gru(functional.linear(c, self.weight_ih), self.weight_hh, offsets)
-        gate = self.gate_dropout(self.gate_up(functional.silu(self.gate_down(c))))
-        return ragged_conv1d(gate * self.channel_crossing(h), conv_out.weight, bias_out, offsets, self.causal)
-
-
-class GatedMLP(nn.Module):
-    """P = GeLU(Z W4 + b4) ⊗ (Z W3 + b3);  the caller adds and normalises dropout(P Wo + bo) + Z."""
-
-    def __init__(self, width: int, dropout: float):
-        super().__init__()
-        self.up = nn.Linear(width, width)
-        self.gate = nn.Linear(width, width)
-        self.down = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Map ``[T, D]`` to ``[T, D]``."""
-        return self.dropout(self.down(functional.gelu(self.gate(z)) * self.up(z)))
-
-
-class GlintRUBlock(nn.Module):
-    """Both experts, the data-aware gate, and the gated MLP.
-
-    M = α_1 Y + α_2 A with α = softmax(w);  Z = LN(dropout((GeLU(e Wd + bd) ⊗ M) Wm + bm) + e);  R = LN'(MLP(Z) + Z).
-    """
-
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        kernel_size: int,
-        causal: bool,
-        gated_mlp: bool,
-        share_norm: bool,
-        dropout: float,
-        gate_dropout: float,
-        mix_dropout: float,
-        mlp_dropout: float,
-        norm_eps: float,
-    ):
-        super().__init__()
-        self.attention = LinearAttentionExpert(width, num_heads, dropout, norm_eps, causal)
-        self.gru = DenseSelectiveGRU(width, kernel_size, gate_dropout, causal)
-        self.expert_weights = nn.Parameter(torch.full((2,), 0.5))
-        self.mix_gate = nn.Linear(width, width)
-        self.mix_out = nn.Linear(width, width)
-        self.mix_dropout = nn.Dropout(mix_dropout)
-        self.mix_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = GatedMLP(width, mlp_dropout) if gated_mlp else None
-        self.mlp_norm = None
-        if gated_mlp:
-            self.mlp_norm = self.mix_norm if share_norm else nn.LayerNorm(width, eps=norm_eps)
-
-    def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
-        """Map ``[T, D]`` to ``[T, D]``."""
-        alpha = torch.softmax(self.expert_weights, dim=0)
-        mixed = alpha[0] * self.gru(e, offsets) + alpha[1] * self.attention(e, offsets)
-        z = self.mix_norm(self.mix_dropout(self.mix_out(functional.gelu(self.mix_gate(e)) * mixed)) + e)
-        if self.mlp is not None and self.mlp_norm is not None:
-            z = self.mlp_norm(self.mlp(z) + z)
-        return z
 
 
 class GlintRU(Encoder):
@@ -202,6 +80,8 @@ class GlintRU(Encoder):
                 raise InputError(f"GlintRU: {name} is {rate}; it must be at least 0 and less than 1")
         self.width = width
         self.causal = causal
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
         self.dropout = nn.Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -260,6 +140,52 @@ class GlintRU(Encoder):
         for block in self.blocks:
             hidden = block(hidden, offsets)
         return hidden
+
+    def init_state(self, batch_size: int) -> GlintRUState:
+        """Give the state of ``batch_size`` sequences before their first item: zeros."""
+        like, blocks, past = next(self.parameters()), len(self.blocks), self.kernel_size - 1
+        d = self.width // self.num_heads
+        return GlintRUState(
+            like.new_zeros(batch_size, blocks, past, self.width),
+            like.new_zeros(batch_size, blocks, self.width),
+            like.new_zeros(batch_size, blocks, past, self.width),
+            like.new_zeros(batch_size, blocks, self.num_heads, d, d),
+        )
+
+    def prefill(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, GlintRUState]:
+        """Encode a ragged batch and give the state after each sequence's last item (see `Encoder.prefill`)."""
+        self._check_recurrent()
+        hidden = self.embedding_norm(self.dropout(x))
+        states: list[GlintRUState] = []
+        for block in self.blocks:
+            hidden, state = block.prefill(hidden, offsets)  # type: ignore[operator]
+            states.append(state)
+        return hidden, _stack(states)
+
+    def step(self, x_t: Tensor, state: GlintRUState) -> tuple[Tensor, GlintRUState]:
+        """Take in one item of each sequence, ``[B, D]`` (see `Encoder.step`)."""
+        self._check_recurrent()
+        hidden = self.embedding_norm(self.dropout(x_t))
+        states: list[GlintRUState] = []
+        for i, block in enumerate(self.blocks):
+            own = GlintRUState(state.past_u[:, i], state.h[:, i], state.past_gated[:, i], state.sums[:, i])
+            hidden, own = block.step(hidden, own)  # type: ignore[operator]
+            states.append(own)
+        return hidden, _stack(states)
+
+    def _check_recurrent(self) -> None:
+        if not self.causal:
+            raise ValueError("a bidirectional encoder has no recurrent form: every new item changes all outputs")
+
+
+def _stack(states: list[GlintRUState]) -> GlintRUState:
+    """Join the blocks' states along dimension 1."""
+    return GlintRUState(
+        torch.stack([state.past_u for state in states], dim=1),
+        torch.stack([state.h for state in states], dim=1),
+        torch.stack([state.past_gated for state in states], dim=1),
+        torch.stack([state.sums for state in states], dim=1),
+    )
 
 
 # Our module or parameter of block 0 -> its name in the published code.

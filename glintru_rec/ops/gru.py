@@ -51,21 +51,33 @@ def ragged_gru(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tensor |
     return _RaggedGRU.apply(gates, weight, initial, layout)
 
 
+def gru_step(gates: Tensor, weight_t: Tensor, hidden: Tensor) -> Tensor:
+    """Take one time step of `ragged_gru`.
+
+    Args:
+        gates: input-to-hidden products, ``[B, 3*D]``.
+        weight_t: hidden-to-hidden weights, transposed, ``[D, 3*D]``.
+        hidden: state before, ``[B, D]``.
+
+    Returns:
+        State after, ``[B, D]``.
+    """
+    width = hidden.size(1)
+    w = torch.mm(hidden, weight_t)
+    rz = torch.sigmoid(gates[:, : 2 * width] + w[:, : 2 * width])
+    new = torch.tanh(torch.addcmul(gates[:, 2 * width :], rz[:, :width], w[:, 2 * width :]))
+    return torch.lerp(new, hidden, rz[:, width:])
+
+
 def _infer(gates: Tensor, weight: Tensor, initial: Tensor, layout: TimeMajor) -> tuple[Tensor, Tensor]:
     """Forward pass alone: what an exported model runs."""
-    width = weight.size(1)
     gates = gates.index_select(0, layout.rows)
     weight_t = weight.t().contiguous()
     last = initial.index_select(0, layout.ranking)
-    hidden = gates.new_empty(gates.size(0), width)
+    hidden = gates.new_empty(gates.size(0), weight.size(1))
     start = 0
     for n in layout.alive:
-        g = gates[start : start + n]
-        h = last[:n]
-        w = torch.mm(h, weight_t)
-        rz = torch.sigmoid(g[:, : 2 * width] + w[:, : 2 * width])
-        new = torch.tanh(torch.addcmul(g[:, 2 * width :], rz[:, :width], w[:, 2 * width :]))
-        h = torch.lerp(new, h, rz[:, width:])
+        h = gru_step(gates[start : start + n], weight_t, last[:n])
         last[:n] = h
         hidden[start : start + n] = h
         start += n

@@ -4,8 +4,10 @@ Causal (``m ≤ n``) works in chunks: within a chunk by a masked ``q kᵀ v``, b
 ``k vᵀ``, so time and memory grow linearly with the history. Chunks start at each sequence's own first item: a sequence's
 result does not depend on what else is in the batch.
 
-Shapes: T items, B sequences, H heads, d features a head, M chunks of C items.
+Shapes: T items, B sequences, H heads, d features of a head's keys and e of its values, M chunks of C items.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,50 +35,110 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: b
     Args:
         q: queries, ``[T, H, d]``.
         k: keys, ``[T, H, d]``.
-        v: values, ``[T, H, d]``.
+        v: values, ``[T, H, e]``.
         offsets: int64 ``[B + 1]``.
         causal: position n attends to items ``1 .. n``; otherwise to all items of its sequence.
         chunk_size: items handled by one masked matmul; changes speed and rounding only.
 
     Returns:
-        ``[T, H, d]``.
+        ``[T, H, e]``.
     """
+    if q.size(0) == 0:
+        return v * (q.sum() * k.sum())
+    chunks = _pack(q, k, v, offsets, chunk_size)
+    if not causal:
+        totals = torch.zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)], dtype=q.dtype, device=q.device)
+        index = sequence_index(chunks.offsets, chunks.states.size(0))
+        totals = totals.index_add(0, index, chunks.states)
+        return _unpack(torch.matmul(chunks.q, totals.index_select(0, index)), chunks.slots)
+    out = _within(chunks)
+    if chunks.states.size(0) > lengths_from_offsets(offsets).count_nonzero():  # a sequence has a second chunk
+        out = out + torch.matmul(chunks.q, _sums_before(chunks.states, chunks.offsets, None))
+    return _unpack(out, chunks.slots)
+
+
+def continue_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial: Tensor | None = None, chunk_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Attend causally (see `linear_attention`) from a state, and give the state that goes on from there.
+
+    Args:
+        q: queries, ``[T, H, d]``.
+        k: keys, ``[T, H, d]``.
+        v: values, ``[T, H, e]``.
+        offsets: int64 ``[B + 1]``.
+        initial: Σ k vᵀ over what came before each sequence, ``[B, H, d, e]``; zeros when absent.
+        chunk_size: items handled by one masked matmul; changes speed and rounding only.
+
+    Returns:
+        ``[T, H, e]``, and Σ k vᵀ after each sequence's last item, ``[B, H, d, e]`` (an empty sequence gives back its
+        initial state).
+    """
+    if initial is None:
+        initial = torch.zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)], dtype=q.dtype, device=q.device)
+    if q.size(0) == 0:
+        return v * (q.sum() * k.sum()), initial
+    chunks = _pack(q, k, v, offsets, chunk_size)
+    before = _sums_before(chunks.states, chunks.offsets, initial)
+    out = _within(chunks) + torch.matmul(chunks.q, before)
+    filled = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
+    ends = chunks.offsets[1:][filled] - 1
+    last = initial.index_copy(0, filled, gather_rows(before, ends) + gather_rows(chunks.states, ends))
+    return _unpack(out, chunks.slots), last
+
+
+class _Chunks(NamedTuple):
+    """A ragged batch cut into chunks; slots past a sequence's end hold zeros."""
+
+    q: Tensor
+    """``[M, H, C, d]``."""
+    k: Tensor
+    """``[M, H, C, d]``."""
+    v: Tensor
+    """``[M, H, C, e]``."""
+    states: Tensor
+    """Σ k vᵀ of each chunk alone, ``[M, H, d, e]``."""
+    offsets: Tensor
+    """Where each sequence's chunks start, int64 ``[B + 1]``."""
+    slots: Tensor
+    """Place of each item among ``M * C``, int64 ``[T]``."""
+
+
+def _pack(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, chunk_size: int) -> _Chunks:
+    """Let every sequence start a chunk of its own."""
     num_items, num_heads, width = q.shape
-    if num_items == 0:
-        return q * k * v
-    chunks = (lengths_from_offsets(offsets) + (chunk_size - 1)) // chunk_size
-    chunk_offsets = offsets_from_lengths(chunks)
+    chunk_offsets = offsets_from_lengths((lengths_from_offsets(offsets) + (chunk_size - 1)) // chunk_size)
     num_chunks = int(chunk_offsets[-1].item())
     index = sequence_index(offsets, num_items)
-    # Slot of each item when every sequence starts a chunk of its own; slots past a sequence's end stay zero.
     slots = torch.arange(num_items, device=q.device) - offsets[:-1][index] + chunk_offsets[:-1][index] * chunk_size
-    packed = scatter_rows(torch.stack([q, k, v], dim=1), slots, num_chunks * chunk_size)
-    packed = packed.view(num_chunks, chunk_size, 3, num_heads, width).permute(2, 0, 3, 1, 4).contiguous()
-    q_chunk, k_chunk, v_chunk = packed[0], packed[1], packed[2]  # [M, H, C, d]
-    states = torch.matmul(k_chunk.transpose(2, 3), v_chunk)  # Σ k vᵀ of each chunk, [M, H, d, d]
-    if causal:
-        weights = torch.matmul(q_chunk, k_chunk.transpose(2, 3)).tril()
-        out = torch.matmul(weights, v_chunk)
-        if num_chunks > chunks.count_nonzero():
-            out = out + torch.matmul(q_chunk, _sums_before(states, chunk_offsets))
-    else:
-        totals = torch.zeros([chunks.numel(), num_heads, width, width], dtype=q.dtype, device=q.device)
-        chunk_index = sequence_index(chunk_offsets, num_chunks)
-        totals = totals.index_add(0, chunk_index, states)
-        out = torch.matmul(q_chunk, totals.index_select(0, chunk_index))
-    out = out.transpose(1, 2).reshape(num_chunks * chunk_size, num_heads, width)
-    return gather_rows(out, slots)
+    packed = scatter_rows(torch.cat([q, k, v], dim=2), slots, num_chunks * chunk_size)
+    packed = packed.view(num_chunks, chunk_size, num_heads, packed.size(2)).transpose(1, 2).contiguous()
+    q, k, v = packed.split([width, width, v.size(2)], dim=3)
+    return _Chunks(q, k, v, torch.matmul(k.transpose(2, 3), v), chunk_offsets, slots)
 
 
-def _sums_before(states: Tensor, chunk_offsets: Tensor) -> Tensor:
-    """Sum the states of a sequence's earlier chunks, for every chunk: ``[M, H, d, d]``.
+def _unpack(out: Tensor, slots: Tensor) -> Tensor:
+    """Bring ``[M, H, C, e]`` back to the items, ``[T, H, e]``."""
+    return gather_rows(out.transpose(1, 2).reshape(out.size(0) * out.size(2), out.size(1), out.size(3)), slots)
+
+
+def _within(chunks: _Chunks) -> Tensor:
+    """Attend causally inside each chunk: ``[M, H, C, e]``."""
+    return torch.matmul(torch.matmul(chunks.q, chunks.k.transpose(2, 3)).tril(), chunks.v)
+
+
+def _sums_before(states: Tensor, chunk_offsets: Tensor, initial: Tensor | None) -> Tensor:
+    """Sum the states of a sequence's earlier chunks and its initial one, for every chunk: ``[M, H, d, e]``.
 
     A loop over chunk numbers, vectorised over the sequences that have that many; a cumulative sum over the whole batch
     would be one call, but would mix the rounding of one sequence into the next.
     """
     layout = time_major(chunk_offsets, states.size(0))
     ordered = gather_rows(states, layout.rows)
-    running = torch.zeros_like(ordered[: layout.alive[0]])
+    if initial is None:
+        running = torch.zeros_like(ordered[: layout.alive[0]])
+    else:
+        running = gather_rows(initial, layout.ranking[: layout.alive[0]])
     sums = [running]
     start = 0
     for step in range(1, len(layout.alive)):

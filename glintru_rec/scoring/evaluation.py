@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from glintru_rec.candidates import sample_candidates
 from glintru_rec.data.dataset import EvalCases, SequenceDataset
 from glintru_rec.jagged import keep_last, offsets_from_lengths
-from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, sample_candidates, target_ranks
+from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import local_item_vectors
 

@@ -14,7 +14,7 @@ class FragmentWriter:
     """The output files of one input fragment; used as a context.
 
     Files grow under hidden names. At the end of the context they are synced and take their own names, the scores last:
-    where they are, the fragment is complete. After an error nothing is left.
+    where they are, the fragment is complete. After an error none of them is left.
 
     Args:
         output: folder of the job's output.
