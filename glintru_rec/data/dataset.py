@@ -14,7 +14,6 @@ Shapes: E events, U users, V items of the catalog, C evaluation cases.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
+from glintru_rec.files import aside_of, publish
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -146,13 +146,13 @@ class SequenceDataset:
         cases = self.eval_cases(split)
         id_type = self.vocabulary.item_ids.type
         columns = [("user_id", self.user_ids.type), ("history", pa.list_(id_type)), ("target", id_type)]
-        aside = Path(f"{path}.partial-{os.getpid()}")
+        aside = aside_of(Path(path))
         try:
             with pq.ParquetWriter(aside, pa.schema(columns), compression="zstd") as writer:
                 for start in range(0, len(cases.targets), _HISTORIES_PER_WRITE):
                     stop = min(start + _HISTORIES_PER_WRITE, len(cases.targets))
                     writer.write_batch(self._history_batch(cases, start, stop, writer.schema))
-            aside.replace(path)
+            publish(aside, Path(path))
         finally:
             aside.unlink(missing_ok=True)
 

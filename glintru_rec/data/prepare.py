@@ -10,9 +10,7 @@ aside, each of the latter with its reason.
 """
 
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION
 from glintru_rec.data.formats import LogColumns, LogFile, open_log
 from glintru_rec.data.writing import fetch_one, statistics, write_sequences, write_set_aside, write_vocabulary
 from glintru_rec.errors import InputError
+from glintru_rec.files import check_free, folder_aside
 
 
 @dataclass
@@ -112,12 +111,11 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
         InputError: the log or the output folder cannot be used.
     """
     output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output {config.output!r} exists and is not an empty folder; remove it or name another")
+    check_free("output", output)
     names = LogColumns(config.user_column, config.item_column, config.time_column)
     files = open_log(config.input, names)
     progress(f"reading {len(files)} file(s), {files[0].format}")
-    with _written_aside(output) as folder:
+    with folder_aside(output) as folder:
         with _database(folder / ".work", config) as db:
             manifest = _write_dataset(db, folder, files, names, config, progress)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -174,36 +172,6 @@ def _write_dataset(
             "files": [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files],
         },
     }
-
-
-@contextmanager
-def _written_aside(output: Path) -> Iterator[Path]:
-    """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error."""
-    output = output.absolute()
-    # In a container every process may have the same id, so an id alone would collide with what a killed run left.
-    aside = output.with_name(f"{output.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
-    try:
-        yield aside
-        for file in sorted(aside.rglob("*")):
-            _sync(file)
-        _sync(aside)
-        aside.replace(output)
-        _sync(output.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -11,11 +11,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +23,7 @@ from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.export.parity import TOLERANCE, measure_parity
 from glintru_rec.export.scoring_module import ScoringModule
+from glintru_rec.files import check_free, folder_aside
 
 ARTIFACT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -107,8 +103,7 @@ def export_artifact(
         RuntimeError: the written module gives other scores than the model.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output {str(output)!r} exists and is not an empty folder; remove it or name another")
+    check_free("output", output)
     num_items, embedding_dim = item_vectors.shape
     if num_items != vocabulary.num_items:
         raise InputError(
@@ -117,7 +112,7 @@ def export_artifact(
         )
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
-    with _written_aside(output) as folder:
+    with folder_aside(output) as folder:
         (folder / VOCABULARY_FILE).parent.mkdir()
         vocabulary.save(folder / VOCABULARY_FILE)
         module = ScoringModule(encoder, item_vectors, similarity, max_seq_len).eval()
@@ -188,24 +183,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _written_aside(output: Path) -> Iterator[Path]:
-    """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error."""
-    output = output.absolute()
-    aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
-    try:
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        aside.replace(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise

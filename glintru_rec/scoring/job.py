@@ -12,7 +12,6 @@
 The folders are there only where there is something to put into them.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,9 +26,10 @@ import torch
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
+from glintru_rec.files import write_json, write_text
 from glintru_rec.scoring.fragments import Fragment, open_fragments
 from glintru_rec.scoring.rows import Columns, Rows
-from glintru_rec.scoring.writer import FragmentWriter, write_text
+from glintru_rec.scoring.writer import FragmentWriter
 
 MODES = ("candidates", "top_k", "encode")
 REJECTS_FOLDER = "rejects"
@@ -165,7 +165,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
         rows_per_second=round(total / seconds, 1),
     )
     written: dict[str, Any] = {**asdict(report), "config": asdict(config), "model": artifact.manifest["provenance"]}
-    write_text(output / REPORT_FILE, json.dumps(written, indent=2) + "\n")
+    write_json(output / REPORT_FILE, written)
     write_text(output / SUCCESS_FILE, "")
     return report
 

@@ -1,11 +1,12 @@
 """Write the output of one fragment whole or not at all."""
 
-import os
 from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from glintru_rec.files import aside_of, publish
 
 _ROW_GROUP_BYTES = 32 << 20
 
@@ -57,19 +58,12 @@ class FragmentWriter:
                 file.discard()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    _publish(aside, path)
-
-
 class _GrowingFile:
     """A parquet file under a hidden name, in row groups of a bounded size."""
 
     def __init__(self, path: Path, schema: pa.Schema):
         self._path = path
-        self._aside = path.with_name(f".{path.name}.partial")
+        self._aside = aside_of(path)
         self._schema = schema
         self._writer = pq.ParquetWriter(self._aside, schema, compression="zstd")
         self._pending: list[pa.Table] = []
@@ -84,7 +78,7 @@ class _GrowingFile:
         self._writer.close()
 
     def publish(self) -> None:
-        _publish(self._aside, self._path)
+        publish(self._aside, self._path)
 
     def discard(self) -> None:
         self._aside.unlink(missing_ok=True)
@@ -93,16 +87,3 @@ class _GrowingFile:
         if self._pending:
             self._writer.write_table(pa.concat_tables(self._pending))
             self._pending = []
-
-
-def _publish(aside: Path, path: Path) -> None:
-    """Give a finished file its name; both are on the disk afterwards."""
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

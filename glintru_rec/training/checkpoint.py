@@ -10,7 +10,6 @@ whole; what a killed run left half-written is named ``.partial-…`` and removed
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from glintru_rec.errors import InputError
+from glintru_rec.files import publish, write_json
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import materialize_state
 
@@ -72,15 +72,17 @@ def save_checkpoint(
     partial = folder / f".partial-{target.name}"
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
-        for left in [target, *folder.glob(".partial-*")]:
+        for left in folder.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
-    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
+    is_new = not target.exists()  # the tensors of a step are written once; what is said of them may change
+    if is_new:
+        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
-        write_json(partial / "progress.json", asdict(state))
-        os.rename(partial, target)
-        _sync_directory(folder)
+        write_json((partial if is_new else target) / "progress.json", asdict(state))
+        if is_new:
+            publish(partial, target)
         if state.best_step == state.step:
             write_json(run_dir / "best.json", {"checkpoint": target.name, "step": state.step, "ndcg@10": state.best_value})
         best = folder / f"step-{state.best_step:08d}"
@@ -158,23 +160,3 @@ def best_checkpoint(run_dir: Path) -> Path:
     if run_dir / "checkpoints" / name not in checkpoints:
         raise InputError(f"{run_dir / 'best.json'} names {name}, which is not among the checkpoints")
     return run_dir / "checkpoints" / name
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename inside a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,12 +12,12 @@ from omegaconf import MISSING
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.errors import InputError
+from glintru_rec.files import write_json
 from glintru_rec.launcher import write_config
 from glintru_rec.metrics import DEFAULT_KS, Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import evaluate
 from glintru_rec.training.build import load_distributed
-from glintru_rec.training.checkpoint import write_json
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.run_log import describe_versions

@@ -10,13 +10,14 @@ from torch import Tensor
 from glintru_rec.data.batches import Batch, TrainingBatches
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.errors import InputError
+from glintru_rec.files import write_json
 from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uniform_negatives
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import evaluate
 from glintru_rec.tables.sharding import build_optimizer, distribute
 from glintru_rec.training.build import build_model, check_vocabulary
-from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint, write_json
+from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
 from glintru_rec.training.run_log import RunLog

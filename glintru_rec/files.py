@@ -1,0 +1,81 @@
+"""Write files and folders whole or not at all: grow aside, sync, take the name by one rename."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glintru_rec.errors import InputError
+
+
+def aside_of(path: Path) -> Path:
+    """Name a hidden neighbour of ``path`` to write into.
+
+    Random, because in a container every process may have the same id: an id alone would collide with what a killed run left.
+    """
+    return path.with_name(f".partial-{path.name}-{secrets.token_hex(4)}")
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Give what was written aside, a file or a folder, its name; both are on the disk afterwards.
+
+    A file replaces one of that name; a folder takes the place of an empty one only.
+    """
+    for part in [*sorted(aside.rglob("*")), aside]:
+        _sync(part)
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = aside_of(path)
+    try:
+        aside.write_text(text)
+        publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_free(key: str, output: Path) -> None:
+    """Raise an `InputError` unless ``output`` does not exist or is an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{key} {str(output)!r} exists and is not an empty folder; remove it or name another")
+
+
+@contextmanager
+def folder_aside(output: Path) -> Iterator[Path]:
+    """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    output = output.absolute()
+    aside = aside_of(output)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
+    try:
+        yield aside
+        publish(aside, output)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
