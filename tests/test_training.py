@@ -83,6 +83,36 @@ def test_resume_equals_uninterrupted(dataset_dir, tmp_path, table):
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+def test_killed_rank_restarts_all(dataset_dir, tmp_path):
+    """Kill -9 one of two ranks: torchelastic restarts both from the last checkpoint, with the losses of an undisturbed run."""
+    arguments = [
+        f"data.path={dataset_dir}",
+        *SMALL,
+        "trainer.batch_targets=64",
+        "trainer.max_steps=40",
+        "trainer.log_every_steps=1",
+    ]
+    arguments += ["trainer.checkpoint_every_steps=5"]
+    run_program("train", *arguments, f"output={tmp_path / 'whole'}", nproc=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    command = [*launch, "-m", "launch.train", *arguments, f"output={tmp_path / 'killed'}"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as agent:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed/checkpoints/step-00000010").exists():
+            assert agent.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"launch.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(ranks[-1], signal.SIGKILL)
+        output, _ = agent.communicate(timeout=200)
+    assert agent.returncode == 0, output[-4000:]
+    assert "resumed from" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_half_written_checkpoint_is_not_taken(dataset_dir, tmp_path):
     run = tmp_path / "run"
     arguments = [f"data.path={dataset_dir}", f"output={run}", *SMALL, "trainer.log_every_steps=1"]

@@ -29,7 +29,10 @@ def process_group(device: str) -> Iterator[torch.device]:
         this_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(this_device)
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group(backend)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # The agent's store outlives a restart: without a prefix a rank may read the address of a dead one and fail to connect.
+        attempt = dist.PrefixStore(f"attempt-{restart_count()}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size)
     else:
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrec warns without it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -37,6 +40,11 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield this_device
     finally:
         dist.destroy_process_group()
+
+
+def restart_count() -> int:
+    """Count how often torchelastic has restarted the ranks of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def quiet_dependencies() -> None:

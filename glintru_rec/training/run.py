@@ -1,6 +1,5 @@
 """The programs train and evaluate."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import evaluate
 from glintru_rec.training.build import load_distributed
 from glintru_rec.training.config import TrainConfig
-from glintru_rec.training.processes import process_group
+from glintru_rec.training.processes import process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
 from glintru_rec.training.trainer import Trainer
 
@@ -30,7 +29,7 @@ def train(config: TrainConfig) -> None:
     A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
     """
     run_dir = Path(config.output)
-    resume = config.trainer.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = config.trainer.resume or restart_count() > 0
     dataset = SequenceDataset.open(config.data.path)
     with process_group(config.trainer.device) as device:
         _claim(run_dir, resume)
