@@ -13,13 +13,13 @@ def py(*overrides: str, nproc: int = 1) -> specs.AppDef:
             and other hydra overrides
         nproc: processes (ranks) on this machine
     """
-    from glintru_rec.launcher import app
+    from glintru_rec.programs.launcher import app
 
     return app("evaluate", overrides, nproc)
 
 
 if __name__ == "__main__":
-    from glintru_rec.launcher import run
-    from glintru_rec.training.run import EvaluateConfig, evaluate_run
+    from glintru_rec.programs.evaluate import EvaluateConfig, evaluate_run
+    from glintru_rec.programs.launcher import run
 
     run("evaluate", EvaluateConfig, evaluate_run)

@@ -11,13 +11,13 @@ def py(*overrides: str) -> specs.AppDef:
     Args:
         overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR and other hydra overrides
     """
-    from glintru_rec.launcher import app
+    from glintru_rec.programs.launcher import app
 
     return app("export", overrides)
 
 
 if __name__ == "__main__":
-    from glintru_rec.export.program import ExportConfig, export_run
-    from glintru_rec.launcher import run
+    from glintru_rec.programs.export import ExportConfig, export_run
+    from glintru_rec.programs.launcher import run
 
     run("export", ExportConfig, export_run)

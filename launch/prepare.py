@@ -11,13 +11,13 @@ def py(*overrides: str) -> specs.AppDef:
     Args:
         overrides: input=FILE|GLOB output=DIR [min_user_events=5] [min_item_events=5] and other hydra overrides
     """
-    from glintru_rec.launcher import app
+    from glintru_rec.programs.launcher import app
 
     return app("prepare", overrides)
 
 
 if __name__ == "__main__":
-    from glintru_rec.data.program import PrepareConfig, prepare_program
-    from glintru_rec.launcher import run
+    from glintru_rec.programs.launcher import run
+    from glintru_rec.programs.prepare import PrepareConfig, prepare_program
 
     run("prepare", PrepareConfig, prepare_program)

@@ -12,13 +12,13 @@ def py(*overrides: str) -> specs.AppDef:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode [top_k=100]
             [exclude_seen=true] and other hydra overrides
     """
-    from glintru_rec.launcher import app
+    from glintru_rec.programs.launcher import app
 
     return app("score", overrides)
 
 
 if __name__ == "__main__":
-    from glintru_rec.launcher import run
-    from glintru_rec.scoring.program import ScoreConfig, score_program
+    from glintru_rec.programs.launcher import run
+    from glintru_rec.programs.score import ScoreConfig, score_program
 
     run("score", ScoreConfig, score_program)

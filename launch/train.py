@@ -14,13 +14,13 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
         nproc: processes (ranks) on this machine
         max_restarts: times that all ranks are restarted, from the last checkpoint, after a failure
     """
-    from glintru_rec.launcher import app
+    from glintru_rec.programs.launcher import app
 
     return app("train", overrides, nproc, max_restarts)
 
 
 if __name__ == "__main__":
-    from glintru_rec.launcher import run
-    from glintru_rec.training.run import TrainConfig, train
+    from glintru_rec.programs.launcher import run
+    from glintru_rec.programs.train import TrainConfig, train
 
     run("train", TrainConfig, train)

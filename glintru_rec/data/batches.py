@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glintru_rec.config import check
 from glintru_rec.errors import InputError
 
 
@@ -53,6 +54,7 @@ class TrainingBatches:
         world_size: int = 1,
         every_position: bool = True,
     ):
+        check("trainer.batch_targets", batch_targets, batch_targets >= 1, "at least 1")
         if batch_targets < max_seq_len and every_position:
             raise InputError(
                 f"trainer.batch_targets is {batch_targets}, less than data.max_seq_len {max_seq_len}: "

@@ -5,9 +5,12 @@ from typing import Any
 
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.encoders.glint_ru import GlintRU
+from glintru_rec.encoders.lru_rec import LRURec
+from glintru_rec.encoders.rec_grela import RecGRELA
+from glintru_rec.encoders.sasrec import SASRec
 from glintru_rec.errors import InputError
 
-ENCODERS: dict[str, type[Encoder]] = {"glint_ru": GlintRU}
+ENCODERS: dict[str, type[Encoder]] = {"glint_ru": GlintRU, "rec_grela": RecGRELA, "lru_rec": LRURec, "sasrec": SASRec}
 
 
 def build_encoder(name: str, width: int, options: dict[str, Any]) -> Encoder:
@@ -30,4 +33,4 @@ def build_encoder(name: str, width: int, options: dict[str, Any]) -> Encoder:
     return ENCODERS[name](width, **options)
 
 
-__all__ = ["ENCODERS", "Encoder", "GlintRU", "build_encoder"]
+__all__ = ["ENCODERS", "Encoder", "GlintRU", "LRURec", "RecGRELA", "SASRec", "build_encoder"]

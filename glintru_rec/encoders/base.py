@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glintru_rec.errors import InputError
+
 
 class Encoder(nn.Module):
     """Turn the item embeddings of a ragged batch into one hidden vector per position.
@@ -60,3 +62,17 @@ class Encoder(nn.Module):
             What `forward` gives at that position, ``[B, D]``, and the state after it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
+
+
+def check_sizes(encoder: str, **sizes: int) -> None:
+    """Raise an `InputError` for a size that is not positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{encoder}: {name} is {size}; it must be at least 1")
+
+
+def check_rates(encoder: str, **rates: float | None) -> None:
+    """Raise an `InputError` for a dropout rate outside [0, 1)."""
+    for name, rate in rates.items():
+        if rate is not None and not 0 <= rate < 1:
+            raise InputError(f"{encoder}: {name} is {rate}; it must be at least 0 and less than 1")

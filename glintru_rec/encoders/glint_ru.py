@@ -10,7 +10,7 @@ Shapes: T items, B sequences, L blocks, D width, H heads, d = D / H, k taps of t
 import torch
 from torch import Tensor, nn
 
-from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.encoders.glint_ru_block import DenseSelectiveGRU, GlintRUBlock, GlintRUState
 from glintru_rec.errors import InputError
 
@@ -61,23 +61,13 @@ class GlintRU(Encoder):
         gate_dropout: float | None = None,
         mix_dropout: float | None = None,
         mlp_dropout: float | None = None,
-        norm_eps: float = 1e-12,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
-        for name, size in {
-            "width": width,
-            "num_heads": num_heads,
-            "kernel_size": kernel_size,
-            "num_blocks": num_blocks,
-        }.items():
-            if size < 1:
-                raise InputError(f"GlintRU: {name} is {size}; it must be at least 1")
+        check_sizes("GlintRU", width=width, num_heads=num_heads, kernel_size=kernel_size, num_blocks=num_blocks)
         if width % num_heads:
             raise InputError(f"GlintRU: num_heads {num_heads} does not divide width {width}")
-        rates = {"dropout": dropout, "gate_dropout": gate_dropout, "mix_dropout": mix_dropout, "mlp_dropout": mlp_dropout}
-        for name, rate in rates.items():
-            if rate is not None and not 0 <= rate < 1:
-                raise InputError(f"GlintRU: {name} is {rate}; it must be at least 0 and less than 1")
+        check_rates("GlintRU", dropout=dropout, gate_dropout=gate_dropout, mix_dropout=mix_dropout, mlp_dropout=mlp_dropout)
         self.width = width
         self.causal = causal
         self.num_heads = num_heads
@@ -118,6 +108,7 @@ class GlintRU(Encoder):
             gate_dropout=0.3,
             mix_dropout=0.3,
             mlp_dropout=0.3,
+            norm_eps=1e-12,
         )
 
     def reset_parameters(self) -> None:

@@ -15,6 +15,9 @@ from glintru_rec.ops.conv import ragged_conv1d
 from glintru_rec.ops.gru import gru_step, ragged_gru
 from glintru_rec.ops.linear_attention import continue_attention, linear_attention
 
+# The published code divides a zero row (elu(0) = 0) by its norm, 0. Ours stays 0, with a gradient of at most 1 / MIN_NORM.
+MIN_NORM = 1e-4
+
 
 class GlintRUState(NamedTuple):
     """What GLINT-RU keeps of a user's past: its size does not depend on the history's length."""
@@ -39,6 +42,7 @@ class LinearAttentionExpert(nn.Module):
     def __init__(self, width: int, num_heads: int, dropout: float, norm_eps: float, causal: bool):
         super().__init__()
         self.num_heads = num_heads
+        self.min_norm = MIN_NORM
         self.causal = causal
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
@@ -66,9 +70,8 @@ class LinearAttentionExpert(nn.Module):
 
     def _features(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = [e.size(0), self.num_heads, e.size(1) // self.num_heads]
-        # The eps of normalize keeps a zero row (elu(0) = 0) at zero, where the published code divides 0 by 0.
-        q = functional.normalize(functional.elu(self.query(e)).view(heads), dim=2, eps=1e-12)
-        k = functional.normalize(functional.elu(self.key(e)).view(heads), dim=2, eps=1e-12)
+        q = functional.normalize(functional.elu(self.query(e)).view(heads), dim=2, eps=self.min_norm)
+        k = functional.normalize(functional.elu(self.key(e)).view(heads), dim=2, eps=self.min_norm)
         return q, k, self.value(e).view(heads)
 
     def _finish(self, a: Tensor, e: Tensor) -> Tensor:

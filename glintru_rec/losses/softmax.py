@@ -38,11 +38,12 @@ def sampled_softmax(
         temperature: divides the scores.
 
     Returns:
-        One loss per target, float32 or wider, ``[T]``.
+        One loss per target, ``[T]``; float32 where the inputs are narrower.
     """
     query = query / temperature
-    positive_score = (query * positive).sum(1, keepdim=True)
-    negative_score = query @ negatives.t()
+    wide = torch.promote_types(query.dtype, torch.float32)
+    positive_score = (query * positive).to(wide).sum(1, keepdim=True)
+    negative_score = (query @ negatives.t()).to(wide)
     if log_q is not None:
         negative_score = negative_score - log_q
     accidental_hits = target_ids.unsqueeze(1) == negative_ids

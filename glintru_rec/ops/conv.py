@@ -50,11 +50,11 @@ def ragged_conv1d(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, caus
     for j in range(taps):
         shift = j - (taps - 1) + ahead  # reads item n + shift
         if shift < 0:
-            inside = (position >= -shift).unsqueeze(1)
-            columns.append(functional.pad(x, [0, 0, -shift, 0])[:num_items] * inside)
+            outside = (position < -shift).unsqueeze(1)
+            columns.append(functional.pad(x, [0, 0, -shift, 0])[:num_items].masked_fill(outside, 0.0))
         elif shift > 0:
-            inside = (remaining > shift).unsqueeze(1)
-            columns.append(functional.pad(x, [0, 0, 0, shift])[shift:] * inside)
+            outside = (remaining <= shift).unsqueeze(1)
+            columns.append(functional.pad(x, [0, 0, 0, shift])[shift:].masked_fill(outside, 0.0))
         else:
             columns.append(x)
     # One matmul over the k shifted views: [T, k*D_in] x [k*D_in, D_out].

@@ -24,7 +24,7 @@ def gru_reference(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tenso
             h = (1 - z) * torch.tanh(g_n + r * w_n) + z * h
             hidden.append(h)
         last.append(h)
-    return torch.stack(hidden) if hidden else gates[:, : weight.size(1)], torch.stack(last)
+    return torch.stack(hidden) if hidden else gates[:, : weight.size(1)], torch.stack(last) if last else initial
 
 
 def ragged_gru(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:

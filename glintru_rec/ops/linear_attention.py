@@ -53,7 +53,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: b
         return _unpack(torch.matmul(chunks.q, totals.index_select(0, index)), chunks.slots)
     out = _within(chunks)
     if chunks.states.size(0) > lengths_from_offsets(offsets).count_nonzero():  # a sequence has a second chunk
-        out = out + torch.matmul(chunks.q, _sums_before(chunks.states, chunks.offsets, None))
+        out = out + torch.matmul(chunks.q, sums_before(chunks.states, chunks.offsets, None))
     return _unpack(out, chunks.slots)
 
 
@@ -79,7 +79,7 @@ def continue_attention(
     if q.size(0) == 0:
         return v * (q.sum() * k.sum()), initial
     chunks = _pack(q, k, v, offsets, chunk_size)
-    before = _sums_before(chunks.states, chunks.offsets, initial)
+    before = sums_before(chunks.states, chunks.offsets, initial)
     out = _within(chunks) + torch.matmul(chunks.q, before)
     filled = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
     ends = chunks.offsets[1:][filled] - 1
@@ -127,7 +127,7 @@ def _within(chunks: _Chunks) -> Tensor:
     return torch.matmul(torch.matmul(chunks.q, chunks.k.transpose(2, 3)).tril(), chunks.v)
 
 
-def _sums_before(states: Tensor, chunk_offsets: Tensor, initial: Tensor | None) -> Tensor:
+def sums_before(states: Tensor, chunk_offsets: Tensor, initial: Tensor | None) -> Tensor:
     """Sum the states of a sequence's earlier chunks and its initial one, for every chunk: ``[M, H, d, e]``.
 
     A loop over chunk numbers, vectorised over the sequences that have that many; a cumulative sum over the whole batch

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from glintru_rec.launcher import write_config
+from glintru_rec.programs.launcher import write_config
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.job import ScoreConfig, score
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from glintru_rec.data.prepare import PrepareConfig, prepare
-from glintru_rec.launcher import write_config
+from glintru_rec.programs.launcher import write_config
 
 __all__ = ["PrepareConfig", "prepare_program"]
 

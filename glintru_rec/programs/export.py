@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from glintru_rec.export.artifact import export_artifact
-from glintru_rec.launcher import write_config
+from glintru_rec.programs.launcher import write_config
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_unsharded
 from glintru_rec.training.processes import quiet_dependencies

@@ -1,0 +1,206 @@
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from glintru_rec.data.batches import TrainingBatches
+from glintru_rec.encoders import Encoder
+from glintru_rec.errors import InputError
+from glintru_rec.model import SequenceModel
+
+# Sequences of one item and of none are in a dataset too; at least one has a target.
+histories = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda lengths: max(lengths) > 1)
+laws = settings(max_examples=60, deadline=None)
+
+
+def make(lengths, max_seq_len=5, batch_targets=11, seed=0, **options):
+    """Sequence u holds the items 1000 u, 1000 u + 1, …: an item tells where it was."""
+    items = np.concatenate([1000 * u + np.arange(length) for u, length in enumerate(lengths)]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TrainingBatches(items, offsets, max_seq_len, batch_targets, seed, **options)
+
+
+def members(batch):
+    return [part.tolist() for part in batch.item_ids.tensor_split(batch.offsets[1:-1])] if len(batch.offsets) > 1 else []
+
+
+def epoch_of_all_ranks(epoch, world_size, lengths, **options):
+    """Batches of one epoch, rank by rank."""
+    return [list(make(lengths, rank=rank, world_size=world_size, **options).epoch(epoch)) for rank in range(world_size)]
+
+
+def windows(batches):
+    return [member for rank in batches for batch in rank for member in members(batch)]
+
+
+def targets(lengths):
+    return Counter(1000 * u + n for u, length in enumerate(lengths) for n in range(1, length))
+
+
+def consecutive(member):
+    return member == list(range(member[0], member[0] + len(member)))
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 20), st.integers(1, 4), st.integers(0, 3))
+def test_every_item_but_the_first_is_a_target_once(lengths, max_seq_len, slack, world_size, epoch):
+    batch_targets = max_seq_len + slack
+    batches = epoch_of_all_ranks(epoch, world_size, lengths, max_seq_len=max_seq_len, batch_targets=batch_targets)
+    found = windows(batches)
+    assert all(consecutive(member) for member in found)  # contexts are the true preceding items
+    assert Counter(item for member in found for item in member[1:]) == targets(lengths)
+    assert all(1 <= len(member) - 1 <= max_seq_len for member in found)
+    assert all(sum(len(member) - 1 for member in members(batch)) <= batch_targets for rank in batches for batch in rank)
+    assert len({len(rank) for rank in batches}) == 1
+    assert make(lengths, max_seq_len, batch_targets, world_size=world_size).num_steps(epoch) == len(batches[0])
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 20))
+def test_a_window_starts_where_the_one_before_it_ends(lengths, max_seq_len, slack):
+    """Only a sequence's first and last windows may be short: no context is lost that would fit."""
+    found = windows(epoch_of_all_ranks(0, 1, lengths, max_seq_len=max_seq_len, batch_targets=max_seq_len + slack))
+    for u, length in enumerate(lengths):
+        own = sorted(member for member in found if member[0] // 1000 == u)
+        assert [member[0] for member in own[1:]] == [member[-1] for member in own[:-1]]
+        assert all(len(member) - 1 == max_seq_len for member in own[1:-1])
+        if 1 < length <= max_seq_len + 1:
+            assert len(own) == 1
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 20), st.integers(1, 4), st.integers(0, 3))
+def test_one_target_a_sequence(lengths, max_seq_len, slack, world_size, epoch):
+    batch_targets = 1 + slack
+    batches = epoch_of_all_ranks(
+        epoch, world_size, lengths, max_seq_len=max_seq_len, batch_targets=batch_targets, every_position=False
+    )
+    found = windows(batches)
+    assert all(consecutive(member) for member in found)
+    assert sorted(member[-1] // 1000 for member in found) == [u for u, length in enumerate(lengths) if length > 1]
+    for member in found:
+        assert len(member) - 1 == min(member[-1] % 1000, max_seq_len)  # all items before it, or the latest that fit
+    assert all(len(members(batch)) <= batch_targets for rank in batches for batch in rank)
+    assert len({len(rank) for rank in batches}) == 1
+    options = {"world_size": world_size, "every_position": False}
+    assert make(lengths, max_seq_len, batch_targets, **options).num_steps(epoch) == len(batches[0])
+
+
+def test_prefixes_end_anywhere():
+    batches = make([4], every_position=False)
+    ends = Counter(members(next(batches.epoch(epoch)))[0][-1] for epoch in range(60))
+    assert set(ends) == {1, 2, 3}
+
+
+def test_cuts_fall_anywhere():
+    batches = make([12], max_seq_len=5)
+    firsts = {min(window[-1] for window in windows([list(batches.epoch(epoch))])) for epoch in range(60)}
+    assert firsts == {1, 2, 3, 4, 5}
+
+
+def as_lists(batches):
+    return [members(batch) for batch in batches]
+
+
+@laws
+@given(histories, st.booleans(), st.integers(1, 3), st.integers(0, 5))
+def test_an_epoch_repeats_exactly_and_goes_on_from_any_step(lengths, every_position, world_size, first_step):
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "every_position": every_position}
+        batches = make(lengths, **options)
+        whole = as_lists(batches.epoch(2))
+        assert as_lists(make(lengths, **options).epoch(2)) == whole
+        assert as_lists(batches.epoch(2, first_step)) == whole[first_step:]
+        list(batches.epoch(0))
+        assert as_lists(batches.epoch(2)) == whole
+
+
+@pytest.mark.parametrize("every_position", [True, False])
+def test_epochs_and_seeds_differ(every_position):
+    lengths = [5, 9, 2, 30, 7, 3, 17, 4]
+    epochs = [
+        as_lists(make(lengths, seed=seed, every_position=every_position).epoch(e)) for seed, e in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    if not every_position:
+        return
+    cuts = [sorted(member for batch in epoch for member in batch) for epoch in epochs]
+    assert cuts[0] != cuts[1]  # not only their order
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_are_the_one_rank_batches_dealt_out(world_size):
+    lengths = [5, 9, 2, 30, 7, 3, 17, 4]
+    alone = as_lists(make(lengths).epoch(1))
+    ranks = [as_lists(rank) for rank in epoch_of_all_ranks(1, world_size, lengths)]
+    dealt = [batch for step in zip(*ranks) for batch in step]
+    assert dealt[: len(alone)] == alone
+    assert dealt[len(alone) :] == [[]] * (-len(alone) % world_size)
+
+
+def test_a_batch_is_as_full_as_it_can_be():
+    lengths = [5, 9, 2, 30, 7, 3, 17, 4]
+    sizes = [[len(member) - 1 for member in batch] for batch in as_lists(make(lengths, batch_targets=11).epoch(0))]
+    for batch, following in pairwise(sizes):
+        assert sum(batch) + following[0] > 11
+
+
+@pytest.mark.parametrize("every_position", [True, False])
+def test_tensors_are_int64(every_position):
+    for rank in range(2):
+        for batch in make([2], rank=rank, world_size=2, every_position=every_position).epoch(0):
+            assert batch.item_ids.dtype == batch.offsets.dtype == torch.int64
+            assert batch.offsets[0] == 0
+            assert batch.offsets[-1] == batch.item_ids.numel()
+
+
+class Passing(Encoder):
+    causal = True
+
+    def forward(self, x, offsets):
+        return x
+
+
+class PlainTable(nn.Module):
+    def __init__(self, num_items):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_items, 1, dtype=torch.float64))
+
+    def forward(self, item_ids, more_ids):
+        return self.weight[item_ids], self.weight[more_ids]
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 60), st.integers(1, 3))
+def test_every_target_weighs_the_same(lengths, max_seq_len, slack, world_size):
+    """Over an epoch of all ranks, the gradients of its loss at each target's vector sum to 1 / batch_targets."""
+    batch_targets = max_seq_len + slack
+    place = {
+        item: row for row, item in enumerate(sorted(1000 * u + n for u, length in enumerate(lengths) for n in range(length)))
+    }
+    model = SequenceModel(PlainTable(len(place)), Passing())
+    for rank in epoch_of_all_ranks(0, world_size, lengths, max_seq_len=max_seq_len, batch_targets=batch_targets):
+        for batch in rank:
+            rows = torch.tensor([place[item] for item in batch.item_ids.tolist()], dtype=torch.int64)
+            losses = model(rows, batch.offsets, rows[:0]).positive.sum(1)
+            (losses.sum() / batch_targets).backward()
+    expected = torch.tensor([[float(item % 1000 > 0)] for item in place], dtype=torch.float64) / batch_targets
+    torch.testing.assert_close(model.table.weight.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_a_window_must_fit_into_a_batch():
+    with pytest.raises(InputError, match=r"trainer.batch_targets is 4, less than data.max_seq_len 5"):
+        make([9], max_seq_len=5, batch_targets=4)
+    make([9], max_seq_len=5, batch_targets=4, every_position=False)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [1, 1, 0]])
+def test_no_targets(lengths):
+    items, offsets = np.zeros(sum(lengths), np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    with pytest.raises(InputError, match="no training sequence of two items or more"):
+        TrainingBatches(items, offsets, 5, 10, 0)

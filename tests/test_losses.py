@@ -1,0 +1,255 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.testing import assert_close
+
+from glintru_rec.losses import full_softmax, sampled_softmax, softmax, uniform_log_q, uniform_negatives
+
+
+def draw(num_targets=7, num_items=23, width=5, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    query = scale * torch.randn(num_targets, width, generator=generator, dtype=torch.float64)
+    items = torch.randn(num_items, width, generator=generator, dtype=torch.float64)
+    target_ids = torch.randint(num_items, (num_targets,), generator=generator)
+    return query, items, target_ids
+
+
+def naive(query, items, target_ids, negative_ids, log_q, temperature):
+    """-log of the target's share of exp(score), one target after another."""
+    losses = []
+    for q, target in zip(query, target_ids.tolist()):
+        positive = math.exp((q @ items[target]).item() / temperature)
+        total = positive
+        for j, negative in enumerate(negative_ids.tolist()):
+            if negative != target:
+                total += math.exp((q @ items[negative]).item() / temperature - log_q[j])
+        losses.append(-math.log(positive / total))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def sampled(query, items, target_ids, negative_ids, log_q, temperature=1.0):
+    return sampled_softmax(query, items[target_ids], items[negative_ids], target_ids, negative_ids, log_q, temperature)
+
+
+# --- sampled
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_sampled_over_the_whole_catalog_is_exact(temperature):
+    query, items, target_ids = draw()
+    query.requires_grad_()
+    items.requires_grad_()
+    loss = sampled(query, items, target_ids, torch.arange(23), 0.0, temperature)
+    exact = functional.cross_entropy(query @ items.t() / temperature, target_ids, reduction="none")
+    assert_close(loss, exact, rtol=1e-12, atol=1e-12)
+    weights = torch.rand(7, dtype=torch.float64)
+    ours = torch.autograd.grad((loss * weights).sum(), [query, items])
+    assert_close(ours, torch.autograd.grad((exact * weights).sum(), [query, items]), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_sampled_equals_the_naive_loop(temperature):
+    query, items, target_ids = draw()
+    negative_ids = torch.randint(23, (40,), generator=torch.Generator().manual_seed(1))
+    assert bool((target_ids.unsqueeze(1) == negative_ids).any())  # there are accidental hits
+    log_q = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for given, used in ((log_q, log_q.tolist()), (-0.7, [-0.7] * 40), (None, [0.0] * 40)):
+        loss = sampled(query, items, target_ids, negative_ids, given, temperature)
+        expected = naive(query, items, target_ids, negative_ids, used, temperature)
+        assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_logq_by_hand():
+    """Scores 0 and ln 2, drawn with an expected count of 1/2: exp(s) counts twice."""
+    query, items = torch.tensor([[math.log(2.0)]]), torch.tensor([[0.0], [1.0]])
+    arguments = (query, items, torch.tensor([0]), torch.tensor([1]))
+    assert_close(sampled(*arguments, None), torch.tensor([math.log(1 + 2)]))
+    assert_close(sampled(*arguments, math.log(0.5)), torch.tensor([math.log(1 + 4)]))
+    assert_close(sampled(*arguments, torch.tensor([math.log(0.5)])), torch.tensor([math.log(1 + 4)]))
+
+
+def test_accidental_hits_change_nothing():
+    query, items, target_ids = draw(num_targets=1)
+    items.requires_grad_()
+    others = torch.tensor([v for v in range(23) if v != target_ids.item()])
+    plain = sampled(query, items, target_ids, others, -0.5)
+    hit = sampled(query, items, target_ids, torch.cat([others[:4], target_ids, others[4:], target_ids]), -0.5)
+    assert_close(hit, plain, rtol=1e-13, atol=1e-13)
+    assert_close(*[torch.autograd.grad(loss.sum(), items) for loss in (hit, plain)], rtol=1e-13, atol=1e-13)
+
+
+def test_nothing_but_accidental_hits_is_a_loss_of_zero():
+    query, items, target_ids = draw(num_targets=1)
+    query.requires_grad_()
+    for negative_ids in (target_ids, target_ids[:0]):
+        loss = sampled(query, items, target_ids, negative_ids, None)
+        assert_close(loss, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-14)
+        (gradient,) = torch.autograd.grad(loss.sum(), query)
+        assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+
+
+def test_sampled_sum_is_unbiased():
+    """exp(loss + s⁺) - exp(s⁺) is the estimate of the sum over all items but the target; within 5 sigma of it."""
+    query, items, target_ids = draw(num_targets=5, num_items=40)
+    generator = torch.Generator().manual_seed(4)
+    scores = query @ items.t()
+    positive = scores.gather(1, target_ids.unsqueeze(1)).squeeze(1)
+    truth = scores.exp().sum(1) - positive.exp()
+    repetitions, num_negatives = 3000, 8
+    estimates = torch.stack(
+        [
+            (sampled(query, items, target_ids, drawn, uniform_log_q(40, num_negatives)) + positive).exp() - positive.exp()
+            for drawn in uniform_negatives(40, repetitions * num_negatives, generator).split(num_negatives)
+        ]
+    )
+    sigma = estimates.std(0) / repetitions**0.5
+    assert bool((sigma < 0.05 * truth).all())  # sharp enough to tell
+    assert bool(((estimates.mean(0) - truth).abs() < 5 * sigma).all())
+
+
+def test_sampled_converges_to_the_exact_loss():
+    """Its error is the standard deviation of the log of the sum, which falls as 1/sqrt(K); uncorrected it stays off."""
+    query, items, target_ids = draw(num_targets=50, num_items=60)
+    scores = query @ items.t()
+    exact = functional.cross_entropy(scores, target_ids, reduction="none")
+    summands = scores.exp().scatter(1, target_ids.unsqueeze(1), 0.0)  # the target itself is masked
+    relative = summands.std(1, correction=0) * 60 / scores.exp().sum(1)  # of the sum, from one draw
+    generator = torch.Generator().manual_seed(5)
+
+    def error(num_negatives, corrected=True):
+        log_q = uniform_log_q(60, num_negatives) if corrected else None
+        drawn = [uniform_negatives(60, num_negatives, generator) for _ in range(30)]
+        losses = torch.stack([sampled(query, items, target_ids, ids, log_q) for ids in drawn])
+        return (losses - exact).square().mean().sqrt().item()
+
+    for num_negatives in (640, 2560, 10_240):
+        expected = relative.square().mean().sqrt().item() / num_negatives**0.5
+        assert 0.7 * expected < error(num_negatives) < 1.3 * expected
+    assert error(10_240, corrected=False) > 1
+
+
+def test_sampled_gradcheck():
+    query, items, target_ids = draw(num_targets=4, num_items=9)
+    negative_ids = torch.tensor([0, 3, 3, 8, 5])
+    inputs = [query.requires_grad_(), items[target_ids].requires_grad_(), items[negative_ids].requires_grad_()]
+    assert torch.autograd.gradcheck(lambda *x: sampled_softmax(*x, target_ids, negative_ids, -0.4, 0.7), inputs)
+
+
+@pytest.mark.parametrize("loss", ["sampled", "full"])
+def test_large_scores_stay_finite(loss):
+    query, items, target_ids = [x.float() if x.is_floating_point() else x for x in draw(scale=1e4)]
+    query.requires_grad_()
+    losses = (
+        full_softmax(query, items, target_ids) if loss == "full" else sampled(query, items, target_ids, torch.arange(23), 0.0)
+    )
+    assert bool(losses.isfinite().all())
+    (gradient,) = torch.autograd.grad(losses.sum(), query)
+    assert bool(gradient.isfinite().all())
+
+
+def test_no_targets():
+    query, items, _ = draw(num_targets=0)
+    none = torch.empty(0, dtype=torch.int64)
+    for losses in (
+        sampled(query.requires_grad_(), items.requires_grad_(), none, torch.arange(4), -1.0),
+        full_softmax(query, items, none),
+    ):
+        assert losses.shape == (0,)
+        gradients = torch.autograd.grad(losses.sum(), [query, items])
+        assert gradients[0].shape == (0, 5)
+        assert torch.equal(gradients[1], torch.zeros_like(items))
+
+
+# --- full
+
+
+@pytest.fixture(params=[(1024, 16384), (3, 4), (7, 5), (1, 1)], ids=str)
+def blocks(request, monkeypatch):
+    """Blocks of logits: one, non-divisible, divisible by the targets alone, single logits."""
+    monkeypatch.setattr(softmax, "ROWS", request.param[0])
+    monkeypatch.setattr(softmax, "COLUMNS", request.param[1])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize(("num_targets", "num_items"), [(7, 23), (1, 1), (6, 4), (1, 9)])
+def test_full_equals_cross_entropy(num_targets, num_items, temperature):
+    query, items, target_ids = draw(num_targets, num_items)
+    leaves = [query.requires_grad_(), items.requires_grad_()]
+    loss = full_softmax(query, items, target_ids, temperature)
+    exact = functional.cross_entropy(query @ items.t() / temperature, target_ids, reduction="none")
+    assert_close(loss, exact, rtol=1e-12, atol=1e-12)
+    for weights in (torch.ones_like(loss), torch.linspace(-1, 2, num_targets, dtype=torch.float64)):
+        ours = torch.autograd.grad((loss * weights).sum(), leaves, retain_graph=True)
+        theirs = torch.autograd.grad((exact * weights).sum(), leaves, retain_graph=True)
+        assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_full_gradcheck():
+    query, items, target_ids = draw(num_targets=4, num_items=9)
+    target_ids[1] = target_ids[0]  # a target may repeat
+    inputs = [query.requires_grad_(), items.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda query, items: full_softmax(query, items, target_ids, 0.7), inputs)
+
+
+def test_full_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr(softmax, "ROWS", 4)
+    monkeypatch.setattr(softmax, "COLUMNS", 8)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    query, items, target_ids = draw(num_targets=40, num_items=50, width=2)
+    with Largest():
+        full_softmax(query.requires_grad_(), items.requires_grad_(), target_ids).sum().backward()
+    assert largest == max(query.numel(), items.numel())  # 100, where the logits are 2000
+
+
+def test_full_in_float32():
+    query, items, target_ids = draw(num_targets=64, num_items=300, width=32)
+    truth = functional.cross_entropy(query @ items.t(), target_ids, reduction="none")
+    plain = functional.cross_entropy(query.float() @ items.float().t(), target_ids, reduction="none")
+    ours = full_softmax(query.float(), items.float(), target_ids)
+    assert ours.dtype == torch.float32
+    assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6
+
+
+# --- negatives
+
+
+def test_uniform_negatives_are_drawn_as_log_q_says():
+    num_items, num_negatives, repetitions = 20, 7, 6000
+    generator = torch.Generator().manual_seed(6)
+    drawn = uniform_negatives(num_items, num_negatives * repetitions, generator)
+    counts = torch.bincount(drawn, minlength=num_items) / repetitions  # of each item, in a sample of K
+    expected = math.exp(uniform_log_q(num_items, num_negatives))
+    assert expected == pytest.approx(num_negatives / num_items)
+    sigma = (num_negatives * (1 / num_items) * (1 - 1 / num_items) / repetitions) ** 0.5
+    assert counts.numel() == num_items
+    assert bool(((counts - expected).abs() < 5 * sigma).all())
+
+
+def test_uniform_negatives_follow_their_generator():
+    first, again, other = [uniform_negatives(1000, 50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert first.dtype == torch.int64
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    unseeded = uniform_negatives(1000, 50)
+    torch.manual_seed(3)
+    assert torch.equal(unseeded, uniform_negatives(1000, 50))
+
+
+def test_uniform_negatives_of_a_very_large_catalog():
+    drawn = uniform_negatives(2**40, 1000, torch.Generator().manual_seed(0))
+    assert 2**39 < drawn.max() < 2**40
+    assert bool((drawn % 2 == 1).any())  # no float in between
