@@ -164,3 +164,20 @@ def test_torchx_reports_failure(tmp_path):
 def test_torchx_help(program):
     result = torchx(program, "--help")
     assert "output=" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("model", ["rec_grela", "lru_rec", "sasrec", "glint_ru_light", "glint_ru_published"])
+def test_every_model_trains_exports_and_scores(job, tmp_path, model):
+    """The same programs take every encoder; the artifact ranks as the trained model does."""
+    small = ["model.embedding_dim=16", "data.max_seq_len=20", "trainer.batch_targets=128", "trainer.max_epochs=1"]
+    run_program("train", f"data.path={job / 'dataset'}", f"output={tmp_path / 'run'}", f"model={model}", *small)
+    run_program("export", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'artifact'}")
+    score = [f"artifact={tmp_path / 'artifact'}", f"input={job / 'histories.parquet'}", "mode=top_k", "top_k=10"]
+    run_program("score", *score, f"output={tmp_path / 'scores'}")
+    evaluation = [f"checkpoint={tmp_path / 'run'}", f"data.path={job / 'dataset'}", f"output={tmp_path / 'evaluation.json'}"]
+    run_program("evaluate", *evaluation)
+    rows = pq.read_table(sorted((tmp_path / "scores").glob("*.parquet"))).to_pylist()
+    targets = pq.read_table(job / "histories.parquet").column("target").to_pylist()
+    hits = sum(target in row["item_ids"] for target, row in zip(targets, rows))
+    metrics = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert metrics["hr@10"] == pytest.approx(hits / len(targets), abs=1e-6)
