@@ -123,7 +123,6 @@ def test_half_written_checkpoint_is_not_taken(dataset_dir, tmp_path):
     (partial / "progress.json").unlink()
     (partial / ".metadata").unlink()
     assert [path.name for path in list_checkpoints(run)] == ["step-00000003", "step-00000006"]
-    (run / "finished.json").unlink()
     shutil.rmtree(run / "checkpoints/step-00000006")
     result = run_program("train", *arguments, "trainer.max_steps=6", "trainer.resume=true")
     assert "step-00000003 (step 3" in result.stdout
@@ -151,12 +150,26 @@ def test_resume_on_other_ranks(dataset_dir, tmp_path):
     arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
     run_program("train", *arguments, "trainer.max_epochs=1", nproc=2)
     done = losses(tmp_path / "run")[-1][0]
-    (tmp_path / "run/finished.json").unlink()
-    state = json.loads((best_checkpoint(tmp_path / "run") / "progress.json").read_text())
-    (best_checkpoint(tmp_path / "run") / "progress.json").write_text(json.dumps({**state, "finished": False}))
     result = run_program("train", *arguments, "trainer.max_epochs=2", "trainer.resume=true")
     assert f"(step {done}, epoch 2)" in result.stdout
     assert np.mean([loss for step, loss in losses(tmp_path / "run") if step > done]) < losses(tmp_path / "run")[0][1]
+
+
+def test_finished_run(run_dir, dataset_dir, tmp_path):
+    """A finished run is left as it is by a resume, and goes on when it is given more epochs."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    arguments = [
+        f"data.path={dataset_dir}",
+        f"output={tmp_path / 'run'}",
+        *SMALL,
+        "model.options.dropout=0.1",
+        "trainer.resume=true",
+    ]
+    run_program("train", *arguments, "trainer.max_epochs=4")
+    assert losses(tmp_path / "run") == losses(run_dir)
+    run_program("train", *arguments, "trainer.max_epochs=5")
+    assert records(tmp_path / "run", "valid")[:4] == records(run_dir, "valid")
+    assert [record["epoch"] for record in records(tmp_path / "run", "valid")] == [1, 2, 3, 4, 5]
 
 
 def test_early_stopping(dataset_dir, tmp_path):

@@ -40,7 +40,6 @@ class RunState:
         best_step: step of the best validation; -1 before the first.
         best_value: its NDCG@10.
         validations_since_best: for early stopping.
-        finished: whether the run has ended by itself.
     """
 
     model_fingerprint: str
@@ -52,7 +51,6 @@ class RunState:
     best_step: int = -1
     best_value: float = 0.0
     validations_since_best: int = 0
-    finished: bool = False
 
 
 def save_checkpoint(

@@ -86,20 +86,20 @@ class Trainer:
         steps_per_epoch = self.batches.num_steps(self.state.epoch)
         total = trainer.max_epochs * steps_per_epoch
         self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
-        while not self.state.finished and self.state.epoch < trainer.max_epochs:
+        while not self._is_over():
             self.train_epoch()
             if self._out_of_steps():
+                self.validate()
+                self.save()
                 break
             self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
             if self.state.epoch % trainer.validate_every_epochs == 0 or self.state.epoch == trainer.max_epochs:
                 self.validate()
                 self.save()
-        if not self.state.finished:  # max_steps ended it within an epoch
-            self.validate()
-            self.state.finished = True
-            self.save()
         if self.log is not None:
             self.log.close()
+            summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
+            write_json(self.run_dir / "finished.json", {**summary, "valid_ndcg@10": self.state.best_value})
         return self.state
 
     def train_epoch(self) -> None:
@@ -173,8 +173,6 @@ class Trainer:
             state.best_step, state.best_value, state.validations_since_best = state.step, metrics["ndcg@10"], 0
         else:
             state.validations_since_best += 1
-        state.finished = bool(trainer.patience) and state.validations_since_best >= trainer.patience
-        state.finished = state.finished or state.epoch >= trainer.max_epochs
         if self.log is not None:
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds)
             best = "  best so far" if state.best_step == state.step else ""
@@ -184,9 +182,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint."""
         save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.trainer.keep_last)
-        if self.rank == 0 and self.state.finished:
-            summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
-            write_json(self.run_dir / "finished.json", {**summary, "valid_ndcg@10": self.state.best_value})
+
+    def _is_over(self) -> bool:
+        """Whether the last epoch or step is done, or validation has stopped improving."""
+        patience = self.config.trainer.patience
+        stalled = 0 < patience <= self.state.validations_since_best
+        return stalled or self._out_of_steps() or self.state.epoch >= self.config.trainer.max_epochs
 
     def _out_of_steps(self) -> bool:
         return 0 < self.config.trainer.max_steps <= self.state.step
