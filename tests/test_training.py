@@ -205,6 +205,7 @@ def test_bad_encoder_option_names_the_choices(dataset_dir, tmp_path):
     )
     assert result.returncode == 2
     assert "model.options.depth is not an option of glint_ru; it has num_heads" in result.stderr
+    assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
 
 
@@ -223,12 +224,26 @@ def test_resume_with_another_model_is_refused(dataset_dir, run_dir, tmp_path):
     result = run_program("train", *arguments, "model.embedding_dim=32", check=False)
     assert result.returncode == 2
     assert "was written by another model" in result.stderr
+    assert (tmp_path / "run/config.yaml").read_text() == (run_dir / "config.yaml").read_text()
 
 
 def test_no_dataset(tmp_path):
     result = run_program("train", f"data.path={tmp_path}", f"output={tmp_path / 'run'}", check=False)
     assert result.returncode == 2
     assert "manifest.json" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_dataset_without_validation_users(tmp_path):
+    from glintru_rec.data.prepare import PrepareConfig, prepare
+
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"{u},{i},{i}\n" for u in range(9) for i in (1, 2))
+    )
+    prepare(PrepareConfig(str(tmp_path / "log.csv"), str(tmp_path / "dataset"), min_user_events=1, min_item_events=1))
+    result = run_program("train", f"data.path={tmp_path / 'dataset'}", f"output={tmp_path / 'run'}", check=False)
+    assert result.returncode == 2
+    assert "no user with three events" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

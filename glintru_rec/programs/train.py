@@ -24,28 +24,34 @@ def train(config: TrainConfig) -> None:
     resume = config.trainer.resume or restart_count() > 0
     dataset = SequenceDataset.open(config.data.path)
     with process_group(config.trainer.device) as device:
-        _claim(run_dir, resume)
-        if dist.get_rank() == 0:
-            write_config(config, run_dir / "config.yaml")
-            write_json(run_dir / "versions.json", describe_versions())
-            (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
-            dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean
+        _check_free(run_dir, resume)
         trainer = Trainer(config, dataset, device)
         if resume:
             trainer.resume()
+        # Written only now: what trainer or checkpoint refuse leaves no trace.
+        if dist.get_rank() == 0:
+            _start(run_dir, config, dataset)
+        dist.barrier()
         state = trainer.fit()
         if dist.get_rank() == 0:
             print(f"done: {state.step} steps; best ndcg@10 {state.best_value:.4f} (valid) at step {state.best_step}; {run_dir}")
 
 
-def _claim(run_dir: Path, resume: bool) -> None:
-    """Make the run directory; all ranks refuse one that holds anything, unless the run in it goes on."""
-    taken = run_dir.is_dir() and any(run_dir.iterdir())
-    in_use = torch.tensor([int(taken)])
-    dist.broadcast(in_use, 0)  # rank 0 may have made it already when another rank looks
-    if in_use.item() and not resume:
+def _check_free(run_dir: Path, resume: bool) -> None:
+    """Refuse, on all ranks, a run directory that holds anything, unless the run in it goes on."""
+    taken = torch.tensor([int(run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())))])
+    dist.broadcast(taken, 0)
+    if taken.item() and not resume:
         raise InputError(f"output={run_dir} is not empty: choose another, or go on with the run in it by trainer.resume=true")
+
+
+def _start(run_dir: Path, config: TrainConfig, dataset: SequenceDataset) -> None:
+    """Write what a run directory holds from the start."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output={run_dir} cannot be made: {error}") from error
+    write_config(config, run_dir / "config.yaml")
+    write_json(run_dir / "versions.json", describe_versions())
+    (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
+    dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean

@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.candidates import sample_candidates
 from glintru_rec.data.dataset import EvalCases, SequenceDataset
+from glintru_rec.errors import InputError
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
 from glintru_rec.model import SequenceModel
@@ -53,7 +54,7 @@ def evaluate(
     module: SequenceModel = model.module
     device = model.device
     cases = dataset.eval_cases(protocol.split)
-    num_users = cases.targets.size
+    num_users = check_has_cases(cases, protocol.split)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     vectors, first_item = local_item_vectors(model)
     vectors = module.normalize(vectors.to(device))
@@ -90,6 +91,13 @@ def evaluate(
         num_targets_seen = int(totals[-1])
     model.train(was_training)
     return {**metrics.compute(), "num_users": num_users, "num_targets_seen": num_targets_seen}
+
+
+def check_has_cases(cases: EvalCases, split: str) -> int:
+    """Count the users of a split; raise an `InputError` when there is none."""
+    if not cases.targets.size:
+        raise InputError(f"the dataset has no user with three events or more: nothing to evaluate in split={split}")
+    return cases.targets.size
 
 
 class _Users:

@@ -14,7 +14,7 @@ from glintru_rec.files import write_json
 from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uniform_negatives
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
-from glintru_rec.scoring.evaluation import evaluate
+from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer, distribute
 from glintru_rec.training.build import build_model, check_vocabulary
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -37,6 +37,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(config.output)
         self.num_items = dataset.num_items
+        check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
         self.model = distribute(build_model(config, self.num_items, device), config.table, device)
         dense = config.optimizer
         self.optimizer = build_optimizer(
