@@ -58,6 +58,7 @@ $(OUT)/histories.parquet: $(OUT)/dataset/manifest.json
 	python tools/write_histories.py $(OUT)/dataset $@ --split test
 
 $(OUT)/scores/_SUCCESS: $(OUT)/artifact/manifest.json $(OUT)/histories.parquet
+	rm -rf $(OUT)/scores # of a job that did not end
 	torchx run launch/score.py artifact=$(OUT)/artifact input=$(OUT)/histories.parquet output=$(OUT)/scores mode=top_k top_k=100
 
 test: $(READY)

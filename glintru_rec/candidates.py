@@ -57,6 +57,8 @@ def sample_candidates(
     counts = _checked_counts(protocol_kind, counts, num_items)
     if num_candidates < 1:
         raise InputError(f"num_candidates is {num_candidates}: at least 1 is needed")
+    if num_candidates >= num_items:
+        raise InputError(f"{num_candidates} candidates cannot be drawn beside the target from a catalog of {num_items} items")
     for name, ids in (("target", targets), ("seen item", seen_values)):
         outside = ids[(ids < 0) | (ids >= num_items)]
         if outside.numel():
@@ -73,7 +75,7 @@ def sample_candidates(
         first = usable & (order <= num_candidates) & enough.unsqueeze(1)
         chosen[pending[enough]] = draws[first].view(-1, num_candidates)
         pending = pending[~enough]
-    for rows in pending.split(max(1, _RACE_CELLS // num_items)):
+    for rows in pending.split(max(1, _RACE_CELLS // num_items)) if pending.numel() else ():
         chosen[rows] = sampler.race(rows, num_draws, num_candidates)
     return chosen
 

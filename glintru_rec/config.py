@@ -79,7 +79,7 @@ def from_yaml(path: Path, schema: type[Schema]) -> Schema:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
         result = OmegaConf.to_object(merged)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path} is not a readable {schema.__name__}: {_first_lines(error)}") from error
     assert isinstance(result, schema)
     return result

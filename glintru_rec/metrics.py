@@ -202,7 +202,7 @@ class Protocol:
 def _checked_ks(ks: Iterable[int]) -> tuple[int, ...]:
     checked = tuple(ks)
     for k in checked:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**31:
             raise InputError(f"ks holds {k!r}: a cut-off is an integer of at least 1")
     if not checked or len(set(checked)) < len(checked):
         raise InputError(f"ks is {list(checked)}: give at least one cut-off, each once")

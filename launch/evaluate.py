@@ -9,7 +9,7 @@ def py(*overrides: str, nproc: int = 1) -> specs.AppDef:
     Writes the protocol and the metrics as JSON.
 
     Args:
-        overrides: checkpoint=RUN_DIR data.path=DIR output=FILE [split=test|valid] [candidates=full|uniform:N]
+        overrides: checkpoint=RUN_DIR data.path=DIR output=FILE [split=test|valid] [candidates=full|uniform:N|popularity:N]
             and other hydra overrides
         nproc: processes (ranks) on this machine
     """

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from glintru_rec.config import compose
+from glintru_rec.encoders import build_encoder
 from glintru_rec.errors import InputError
 from glintru_rec.training.checkpoint import best_checkpoint, list_checkpoints, read_state
 from glintru_rec.training.config import TrainConfig
@@ -47,7 +48,7 @@ TWENTY_STEPS = [*SMALL, "trainer.max_steps=20", "trainer.log_every_steps=1", "tr
 
 
 def test_run_directory(run_dir):
-    assert {"config.yaml", "versions.json", "metrics.jsonl", "best.json", "finished.json", "checkpoints", "tensorboard"} <= set(
+    assert {"config.yaml", "versions.json", "metrics.jsonl", "finished.json", "checkpoints", "tensorboard"} <= set(
         os.listdir(run_dir)
     )
     assert list((run_dir / "tensorboard").glob("events.*"))
@@ -57,7 +58,7 @@ def test_run_directory(run_dir):
     valid = records(run_dir, "valid")
     assert valid[-1]["ndcg@10"] > 0.3  # the law is easy: chance is about 0.08
     best = max(valid, key=lambda record: record["ndcg@10"])
-    assert json.loads((run_dir / "best.json").read_text())["step"] == best["step"]
+    assert json.loads((run_dir / "finished.json").read_text())["best_step"] == best["step"]
     assert read_state(best_checkpoint(run_dir)).step == best["step"]
 
 
@@ -111,6 +112,72 @@ def test_killed_rank_restarts_all(dataset_dir, tmp_path):
     assert agent.returncode == 0, output[-4000:]
     assert "resumed from" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_shards_start_different(dataset_dir, tmp_path):
+    """Each rank fills its own rows; from one seed they would be copies of each other."""
+    arguments = [
+        f"data.path={dataset_dir}",
+        f"output={tmp_path / 'run'}",
+        *SMALL,
+        "trainer.max_steps=1",
+        "table.learning_rate=1e-30",
+    ]
+    run_program("train", *arguments, nproc=2)
+    (table,) = (value for name, value in weights(tmp_path / "run").items() if "t_item" in name)
+    half = -(-len(table) // 2)
+    assert not (table[: len(table) - half] == table[half:]).any()
+
+
+@pytest.mark.parametrize("overrides", [["table.optimizer=sgd", "table.learning_rate=1e30"], ["optimizer.learning_rate=1e30"]])
+def test_diverged_run_stops_and_names_the_last_good_checkpoint(dataset_dir, tmp_path, overrides):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, *overrides, "trainer.log_every_steps=1000"]
+    result = run_program("train", *arguments, check=False)
+    assert result.returncode == 2
+    assert "the loss is" in result.stderr
+    assert not list_checkpoints(tmp_path / "run")
+    assert not records(tmp_path / "run", "valid")
+
+
+def test_kill_between_last_checkpoint_and_validation(dataset_dir, tmp_path):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.max_steps=6"]
+    arguments += ["trainer.checkpoint_every_steps=3", "trainer.log_every_steps=1"]
+    kill = "import os, sys; from glintru_rec.training.trainer import Trainer; Trainer.validate = lambda self: os._exit(9); "
+    kill += "from glintru_rec.programs.launcher import run; from glintru_rec.programs.train import TrainConfig, train; "
+    kill += "run('train', TrainConfig, train)"
+    assert subprocess.run([sys.executable, "-c", kill, *arguments], cwd=REPOSITORY, env=environment()).returncode == 9
+    run_program("train", *arguments, "trainer.resume=true")
+    assert [record["step"] for record in records(tmp_path / "run", "valid")] == [6]
+    assert read_state(best_checkpoint(tmp_path / "run")).best_step == 6
+    run_program("train", *arguments[:-3], "trainer.max_steps=8", "trainer.resume=true")
+    assert [record["step"] for record in records(tmp_path / "run", "valid")] == [6, 8]
+
+
+def test_restart_of_a_refused_launch_leaves_the_other_run(run_dir, dataset_dir):
+    before = (run_dir / "config.yaml").read_text()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"]
+    command = [*launch, "-m", "launch.train", f"data.path={dataset_dir}", f"output={run_dir}", *SMALL, "trainer.seed=99"]
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True).returncode != 0
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_resume_needs_a_run(dataset_dir, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run_program("train", f"data.path={dataset_dir}", f"output={tmp_path}", "trainer.resume=true", check=False)
+    assert result.returncode == 2
+    assert "holds no run to go on with" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_resume_with_other_batches_starts_the_epoch_anew(dataset_dir, tmp_path):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
+    run_program("train", *arguments, "trainer.max_steps=3")
+    run_program("train", *arguments, "trainer.batch_targets=512", "trainer.max_epochs=1", "trainer.resume=true")
+    from glintru_rec.data.batches import TrainingBatches
+    from glintru_rec.data.dataset import SequenceDataset
+
+    batches = TrainingBatches(*SequenceDataset.open(dataset_dir).train_sequences(), 20, 512, seed=0)
+    assert losses(tmp_path / "run")[-1][0] == 3 + batches.num_steps(0)
 
 
 def test_half_written_checkpoint_is_not_taken(dataset_dir, tmp_path):
@@ -186,6 +253,7 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["trainer.max_epochs=many"], "many"),
         (["trainer.max_epochs=0"], "trainer.max_epochs is 0; it must be at least 1"),
         (["loss.temperature=-1"], "loss.temperature is -1.0; it must be greater than 0"),
+        (["table.learning_rate=inf"], "table.learning_rate is inf; it must be greater than 0 and finite"),
         (["model.similarity=euclid"], "model.similarity is 'euclid'; it must be one of dot, cosine"),
         (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
         (["table.weight_decay=0.1"], "ignores it"),
@@ -207,6 +275,15 @@ def test_bad_encoder_option_names_the_choices(dataset_dir, tmp_path):
     assert "model.options.depth is not an option of glint_ru; it has num_heads" in result.stderr
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_heads": "two"}, "num_heads is 'two'"), ({"dropout": "high"}, "dropout"), ({"causal": "no"}, "causal is 'no'")],
+)
+def test_encoder_options_have_types(options, message):
+    with pytest.raises(InputError, match=message):
+        build_encoder("glint_ru", 16, options)
 
 
 def test_occupied_output_is_refused(dataset_dir, run_dir):

@@ -4,6 +4,7 @@ A batch that held a number of sequences would, under a mean loss, weigh each tar
 times more than one of a batch of long histories. Here every target of an epoch is trained on once and weighs the same.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -67,6 +68,11 @@ class TrainingBatches:
         self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
         if not self.num_targets.size:
             raise InputError("the dataset has no training sequence of two items or more")
+
+    def fingerprint(self) -> str:
+        """Hash all that decides an epoch's batches."""
+        decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position, self.world_size)
+        return hashlib.sha256(repr((*decisive, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of one epoch from ``first_step`` on; every rank yields equally many.

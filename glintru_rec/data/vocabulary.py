@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glintru_rec.errors import InputError
+from glintru_rec.files import aside_of, publish
 
 _COLUMNS = ("item_id", "index", "count")
 
@@ -54,7 +55,12 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         """Write parquet with columns ``item_id``, ``index`` (int64) and ``count`` (int64), sorted by index."""
         columns = [self.item_ids, pa.array(np.arange(self.num_items)), pa.array(self.counts, pa.int64())]
-        pq.write_table(pa.table(columns, names=list(_COLUMNS)), path, compression="zstd")
+        aside = aside_of(Path(path))
+        try:
+            pq.write_table(pa.table(columns, names=list(_COLUMNS)), aside, compression="zstd")
+            publish(aside, Path(path))
+        finally:
+            aside.unlink(missing_ok=True)
 
     @property
     def num_items(self) -> int:

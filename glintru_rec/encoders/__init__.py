@@ -1,7 +1,7 @@
 """Sequence encoders: embeddings of a ragged batch in, one hidden vector per item out. They need torch alone."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.encoders.glint_ru import GlintRU
@@ -30,7 +30,20 @@ def build_encoder(name: str, width: int, options: dict[str, Any]) -> Encoder:
     for option in options:
         if option not in known:
             raise InputError(f"model.options.{option} is not an option of {name}; it has {', '.join(known)}")
+    hints = get_type_hints(ENCODERS[name].__init__)
+    for option, value in options.items():
+        if not _is_a(value, hints[option]):
+            kind = getattr(hints[option], "__name__", str(hints[option]))
+            raise InputError(f"model.options.{option} is {value!r}; {name} takes a value of type {kind}")
     return ENCODERS[name](width, **options)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value from a config file fits an annotation: a bool is no number, an int is a float too."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
 __all__ = ["ENCODERS", "Encoder", "GlintRU", "LRURec", "RecGRELA", "SASRec", "build_encoder"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
@@ -28,7 +29,6 @@ from glintru_rec.files import check_free, folder_aside
 ARTIFACT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt"
-VOCABULARY_FILE = "vocabulary/items.parquet"
 
 
 @dataclass(frozen=True)

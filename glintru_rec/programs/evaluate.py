@@ -73,6 +73,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     output = Path(config.output)
     if output.is_dir():
         raise InputError(f"output={output} is a directory; give a file to write, such as {output / 'evaluation.json'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={output} cannot be written: {error}") from error
     dataset = SequenceDataset.open(config.data.path)
     protocol = config.protocol()
     with process_group(config.device) as device:
@@ -83,7 +87,6 @@ def evaluate_run(config: EvaluateConfig) -> None:
             model, dataset, protocol, train_config.data.max_seq_len, config.batch_users, lambda done, _: progress.update(done)
         )
         if is_first:
-            output.parent.mkdir(parents=True, exist_ok=True)
             write_config(config, output.with_name(output.stem + ".config.yaml"))
             counted = {name: metrics.pop(name) for name in ("num_users", "num_targets_seen")}
             described = {**protocol.describe(), **counted, "max_seq_len": train_config.data.max_seq_len}

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 from glintru_rec.config import compose, to_yaml
 from glintru_rec.errors import InputError
+from glintru_rec.files import write_text
 
 Schema = TypeVar("Schema")
 
@@ -70,5 +71,5 @@ def help_text(program: str, schema: type[Any]) -> str:
 
 def write_config(config: Any, path: Any) -> None:
     """Write the resolved config and say where."""
-    path.write_text(to_yaml(config))
+    write_text(path, to_yaml(config))
     print(f"resolved config: {path}", flush=True)

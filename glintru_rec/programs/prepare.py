@@ -12,6 +12,4 @@ def prepare_program(config: PrepareConfig) -> None:
     """Make a dataset, and say what became of every row."""
     report = prepare(config, progress=lambda message: print(message, flush=True))
     write_config(config, Path(config.output) / "config.yaml")
-    for name, value in report.summary_rows():
-        print(f"{name:28} {value:>12}")
-    print(f"written: {config.output}")
+    print(report)

@@ -7,12 +7,15 @@ import torch.distributed as dist
 
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.errors import InputError
-from glintru_rec.files import write_json
+from glintru_rec.files import write_json, write_text
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.training.config import TrainConfig
-from glintru_rec.training.processes import process_group, restart_count
+from glintru_rec.training.processes import launch_id, process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
 from glintru_rec.training.trainer import Trainer
+
+# Which launch made the run directory, or went on with it last.
+LAUNCH_FILE = ".launch"
 
 
 def train(config: TrainConfig) -> None:
@@ -21,7 +24,7 @@ def train(config: TrainConfig) -> None:
     A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
     """
     run_dir = Path(config.output)
-    resume = config.trainer.resume or restart_count() > 0
+    resume = config.trainer.resume or _restarted(run_dir)
     dataset = SequenceDataset.open(config.data.path)
     with process_group(config.trainer.device) as device:
         _check_free(run_dir, resume)
@@ -37,10 +40,20 @@ def train(config: TrainConfig) -> None:
             print(f"done: {state.step} steps; best ndcg@10 {state.best_value:.4f} (valid) at step {state.best_step}; {run_dir}")
 
 
+def _restarted(run_dir: Path) -> bool:
+    """Whether torchelastic restarted this very launch, after it had made the run directory."""
+    launch = run_dir / LAUNCH_FILE
+    return restart_count() > 0 and launch.is_file() and launch.read_text() == launch_id()
+
+
 def _check_free(run_dir: Path, resume: bool) -> None:
     """Refuse, on all ranks, a run directory that holds anything, unless the run in it goes on."""
     taken = torch.tensor([int(run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())))])
     dist.broadcast(taken, 0)
+    if taken.item() and resume and not (run_dir / "config.yaml").is_file():
+        raise InputError(
+            f"output={run_dir} holds no run to go on with (no config.yaml in it), but is not empty: choose another"
+        )
     if taken.item() and not resume:
         raise InputError(f"output={run_dir} is not empty: choose another, or go on with the run in it by trainer.resume=true")
 
@@ -51,6 +64,7 @@ def _start(run_dir: Path, config: TrainConfig, dataset: SequenceDataset) -> None
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output={run_dir} cannot be made: {error}") from error
+    write_text(run_dir / LAUNCH_FILE, launch_id())
     write_config(config, run_dir / "config.yaml")
     write_json(run_dir / "versions.json", describe_versions())
     (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)

@@ -22,8 +22,8 @@ from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import local_item_vectors
 
-# Scores held at one time: G x BLOCK_ITEMS floats.
-BLOCK_ITEMS = 131_072
+# Scores held at one time, G x items of a block: 256 MiB.
+BLOCK_SCORES = 1 << 26
 
 
 @torch.no_grad()
@@ -135,7 +135,8 @@ def _count_above(queries: Tensor, vectors: Tensor, first_item: int, users: _User
     rows = torch.arange(queries.size(0), device=queries.device)
     local_target = users.targets - first_item
     is_here = (local_target >= 0) & (local_target < vectors.size(0))
-    blocks = [(begin, vectors[begin : begin + BLOCK_ITEMS]) for begin in range(0, vectors.size(0), BLOCK_ITEMS)]
+    size = max(1, BLOCK_SCORES // max(1, queries.size(0)))
+    blocks = [(begin, vectors[begin : begin + size]) for begin in range(0, vectors.size(0), size)]
     # The target's score is read out of the very product that its rivals' scores come from: computed in another way it
     # could differ in the last bit, and equal items would not tie.
     target_score = torch.zeros(queries.size(0), device=queries.device)
@@ -155,7 +156,7 @@ def _count_above(queries: Tensor, vectors: Tensor, first_item: int, users: _User
             local_seen = users.history - first_item - begin
             inside = (local_seen >= 0) & (local_seen < block.size(0))
             scores[users.row_of_history[inside], local_seen[inside]] = -torch.inf
-        above += (scores > target_score.unsqueeze(1)).sum(1)
+        above += (~(scores <= target_score.unsqueeze(1))).sum(1)  # NaN counts as above: a diverged model is no perfect one
         tied += (scores == target_score.unsqueeze(1)).sum(1)
     both = torch.stack([above, tied])
     dist.all_reduce(both)
@@ -191,4 +192,4 @@ def _count_above_sampled(
     query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1))
     scores = (vectors.view(*candidates.shape, query.size(1)) @ query.unsqueeze(2)).squeeze(2)
     rivals, target = scores[:, 1:], scores[:, :1]
-    return (rivals > target).sum(1), (rivals == target).sum(1)
+    return (~(rivals <= target)).sum(1), (rivals == target).sum(1)

@@ -1,5 +1,6 @@
 """The item table: one TorchRec EmbeddingCollection that history and negatives are looked up in together."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,7 +49,7 @@ class TableConfig:
         one_of("table.sharding", self.sharding, SHARDINGS)
         one_of("table.optimizer", self.optimizer, (*FUSED_OPTIMIZERS, "adamw"))
         one_of("table.dtype", self.dtype, tuple(DTYPES))
-        check("table.learning_rate", self.learning_rate, self.learning_rate > 0, "greater than 0")
+        check("table.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "greater than 0 and finite")
         check("table.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         check("table.eps", self.eps, self.eps > 0, "greater than 0")
         check("table.init_std", self.init_std, self.init_std > 0, "greater than 0")
@@ -78,6 +79,7 @@ class ItemTable(nn.Module):
         super().__init__()
         if embedding_dim % 4:
             raise InputError(f"model.embedding_dim is {embedding_dim}; fbgemm tables need a multiple of 4")
+        self.num_items = num_items
         table = EmbeddingConfig(
             name=TABLE_NAME,
             num_embeddings=num_items,

@@ -18,6 +18,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from glintru_rec.errors import InputError
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.item_table import TABLE_NAME, ItemTable, TableConfig
 
@@ -45,6 +46,12 @@ def distribute(model: SequenceModel, config: TableConfig, device: torch.device) 
     sharders: list[ModuleSharder[nn.Module]] = []
     plan = ShardingPlan({})
     if config.sharding != "replicated":
+        assert isinstance(model.table, ItemTable)
+        num_items, world_size = model.table.num_items, dist.get_world_size()
+        if -(-num_items // world_size) * (world_size - 1) >= num_items:
+            raise InputError(
+                f"{num_items} items spread by rows over {world_size} ranks leave a rank without any: use table=replicated"
+            )
         fused_options: dict[str, float] = {"lr": config.learning_rate}
         if config.optimizer != "sgd":
             fused_options["eps"] = config.eps
@@ -55,8 +62,7 @@ def distribute(model: SequenceModel, config: TableConfig, device: torch.device) 
             model.table.embeddings,
             {TABLE_NAME: row_wise()},
             sharder=sharder,
-            local_size=min(dist.get_world_size(), max(torch.cuda.device_count(), 1)) if device.type == "cuda" else None,
-            world_size=dist.get_world_size(),
+            world_size=world_size,
             device_type=device.type,
         )
         plan = ShardingPlan({"table.embeddings": table_plan})

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
@@ -16,6 +17,7 @@ from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, load_checkpoint, load_plain, read_state
 from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.processes import NO_STEP, seed_step
 
 
 def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
@@ -24,6 +26,14 @@ def build_model(config: TrainConfig, num_items: int, device: torch.device) -> Se
     encoder = build_encoder(config.model.encoder, config.model.embedding_dim, config.model.options).to(device)
     table = build_table(num_items, config.model.embedding_dim, config.table, device)
     return SequenceModel(table, encoder, config.model.similarity)
+
+
+def build_distributed(config: TrainConfig, num_items: int, device: torch.device) -> DistributedModelParallel:
+    """Make a fresh model on all ranks, its table sharded or replicated as ``config.table`` says."""
+    model = build_model(config, num_items, device)
+    # Each rank fills its own rows: from one seed, item i would start as a copy of item i + V / W.
+    seed_step(config.trainer.seed, NO_STEP, dist.get_rank())
+    return distribute(model, config.table, device)
 
 
 def load_run(run_dir: Path) -> tuple[TrainConfig, Path, RunState]:
@@ -51,7 +61,7 @@ def load_distributed(
     """Make the model of a run on all ranks, with the weights of its best checkpoint."""
     config, checkpoint, state = load_run(run_dir)
     check_vocabulary(dataset, state, run_dir)
-    model = distribute(build_model(config, dataset.num_items, device), config.table, device)
+    model = build_distributed(config, dataset.num_items, device)
     load_checkpoint(checkpoint, model, optimizer=None)
     return config, model
 

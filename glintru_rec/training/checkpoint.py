@@ -3,7 +3,6 @@
 ::
 
     RUN_DIR/checkpoints/step-00001200/   torch.distributed.checkpoint files and progress.json
-    RUN_DIR/best.json                    which of them validated best
 
 A directory gets its name by one rename after every rank has written its part, so what bears the name ``step-…`` is
 whole; what a killed run left half-written is named ``.partial-…`` and removed by the next save.
@@ -33,24 +32,26 @@ class RunState:
     Attributes:
         model_fingerprint: of the config that the tensors belong to.
         vocabulary_sha256: of the dataset that the item table belongs to.
-        world_size: ranks that wrote it.
+        batching: fingerprint of all that decides an epoch's batches; with another one, an epoch under way starts anew.
         step: optimizer steps done.
         epoch: epoch under way, from 0.
         step_in_epoch: steps of it done.
         best_step: step of the best validation; -1 before the first.
         best_value: its NDCG@10.
         validations_since_best: for early stopping.
+        validated_step: step of the last validation; -1 before the first.
     """
 
     model_fingerprint: str
     vocabulary_sha256: str
-    world_size: int
+    batching: str
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
     best_step: int = -1
     best_value: float = 0.0
     validations_since_best: int = 0
+    validated_step: int = -1
 
 
 def save_checkpoint(
@@ -66,7 +67,7 @@ def save_checkpoint(
         keep_last: number of newest checkpoints to keep.
     """
     folder = run_dir / "checkpoints"
-    target = folder / f"step-{state.step:08d}"
+    target = _folder_of(run_dir, state.step)
     partial = folder / f".partial-{target.name}"
     if dist.get_rank() == 0:
         folder.mkdir(exist_ok=True)
@@ -81,9 +82,7 @@ def save_checkpoint(
         write_json((partial if is_new else target) / "progress.json", asdict(state))
         if is_new:
             publish(partial, target)
-        if state.best_step == state.step:
-            write_json(run_dir / "best.json", {"checkpoint": target.name, "step": state.step, "ndcg@10": state.best_value})
-        best = folder / f"step-{state.best_step:08d}"
+        best = _folder_of(run_dir, state.best_step)
         for old in list_checkpoints(run_dir)[:-keep_last]:
             if old != best:
                 shutil.rmtree(old)
@@ -118,7 +117,9 @@ def _load(tensors: dict, checkpoint: Path, **options) -> None:
     try:
         dcp.load(tensors, checkpoint_id=checkpoint, **options)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # CheckpointException is no Exception
-        raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {str(error)[:500]}") from error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = " ".join(str(cause).split())[:300]
+        raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {reason}") from error
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -149,12 +150,12 @@ def best_checkpoint(run_dir: Path) -> Path:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise InputError(f"checkpoint={run_dir} holds no whole checkpoint")
-    try:
-        name = json.loads((run_dir / "best.json").read_text())["checkpoint"]
-    except FileNotFoundError:
-        return checkpoints[-1]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_dir / 'best.json'} is damaged: {error}") from error
-    if run_dir / "checkpoints" / name not in checkpoints:
-        raise InputError(f"{run_dir / 'best.json'} names {name}, which is not among the checkpoints")
-    return run_dir / "checkpoints" / name
+    best_step = read_state(checkpoints[-1]).best_step
+    best = checkpoints[-1] if best_step < 0 else _folder_of(run_dir, best_step)
+    if best not in checkpoints:
+        raise InputError(f"{checkpoints[-1]} says that step {best_step} is the best, but {best} is not there")
+    return best
+
+
+def _folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"

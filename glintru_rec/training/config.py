@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class LossConfig:
     def __post_init__(self):
         one_of("loss.name", self.name, ("sampled_softmax", "full_softmax"))
         check("loss.num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1")
-        check("loss.temperature", self.temperature, self.temperature > 0, "greater than 0")
+        check("loss.temperature", self.temperature, 0 < self.temperature < math.inf, "greater than 0 and finite")
 
 
 @dataclass
@@ -89,7 +90,7 @@ class OptimizerConfig:
     max_grad_norm: float = 0.0
 
     def __post_init__(self):
-        check("optimizer.learning_rate", self.learning_rate, self.learning_rate > 0, "greater than 0")
+        check("optimizer.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "greater than 0 and finite")
         check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         check("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0 (0: off)")
@@ -133,6 +134,7 @@ class TrainerConfig:
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         for key in ("max_steps", "seed", "patience", "checkpoint_every_steps"):
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        check("trainer.seed", self.seed, self.seed < 2**63, "less than 2**63")
         one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from glintru_rec.errors import InputError
+
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
@@ -22,6 +24,10 @@ def process_group(device: str) -> Iterator[torch.device]:
         This rank's device. CUDA ranks talk over NCCL (and gloo for what lies on the CPU), others over gloo.
     """
     quiet_dependencies()
+    if device == "cuda" and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", "0")):
+        raise InputError(
+            f"device is 'cuda', but this machine has {torch.cuda.device_count()} CUDA device(s), one is needed per rank"
+        )
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     this_device = torch.device("cpu")
@@ -47,11 +53,20 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch_id() -> str:
+    """Name this launch: the same in every rank and restart of it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "alone")
+
+
 def quiet_dependencies() -> None:
     """Hide warnings that torch and torchrec raise about their own code, which a user could change nothing about."""
     for message in (".*broadcast_buffers.*", ".*we are deprecating ShardedTensor.*", ".*torch.distributed is disabled.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+# A step that no run reaches: the seed of what happens before the first.
+NO_STEP = 2**40
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -6,6 +6,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from glintru_rec.errors import InputError
+from glintru_rec.files import write_text
+
 PACKAGES = (
     "glintru_rec",
     "torch",
@@ -35,9 +38,12 @@ class RunLog:
         kept = []
         if path.exists():
             # A line cut short by a kill has no newline; what it said is past the last checkpoint.
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+            try:
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is damaged ({error}); move it away to go on with the run") from error
+        write_text(path, "".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 

@@ -1,5 +1,6 @@
 """The training loop, to be read from the top: fit → train_epoch → train_step."""
 
+import math
 import time
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uni
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
-from glintru_rec.tables.sharding import build_optimizer, distribute
-from glintru_rec.training.build import build_model, check_vocabulary
+from glintru_rec.tables.sharding import build_optimizer
+from glintru_rec.training.build import build_distributed, check_vocabulary
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
@@ -38,7 +39,7 @@ class Trainer:
         self.run_dir = Path(config.output)
         self.num_items = dataset.num_items
         check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
-        self.model = distribute(build_model(config, self.num_items, device), config.table, device)
+        self.model = build_distributed(config, self.num_items, device)
         dense = config.optimizer
         self.optimizer = build_optimizer(
             self.model,
@@ -58,7 +59,9 @@ class Trainer:
             every_position=self.model.module.encoder.causal,
         )
         vocabulary_sha256 = dataset.manifest["vocabulary_sha256"]
-        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, self.world_size)
+        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, self.batches.fingerprint())
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, targets
+        self.recorded = time.monotonic()
         self.protocol = Protocol(split="valid")
 
     def resume(self) -> None:
@@ -72,9 +75,9 @@ class Trainer:
                 f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
             )
         check_vocabulary(self.dataset, state, self.run_dir)
-        if state.world_size != self.world_size:
-            # Steps are counted in batches per rank; start the epoch under way anew rather than skip or repeat parts of it.
-            state.step_in_epoch, state.world_size = 0, self.world_size
+        if state.batching != self.state.batching:
+            # Other batches, or ranks, or data: start the epoch under way anew rather than skip or repeat parts of it.
+            state.step_in_epoch, state.batching = 0, self.state.batching
         load_checkpoint(checkpoints[-1], self.model, self.optimizer)
         self.state = state
         if self.rank == 0:
@@ -90,13 +93,14 @@ class Trainer:
         while not self._is_over():
             self.train_epoch()
             if self._out_of_steps():
-                self.validate()
-                self.save()
                 break
             self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
-            if self.state.epoch % trainer.validate_every_epochs == 0 or self.state.epoch == trainer.max_epochs:
+            if self.state.epoch % trainer.validate_every_epochs == 0 and self.state.validated_step != self.state.step:
                 self.validate()
                 self.save()
+        if self.state.validated_step != self.state.step:
+            self.validate()
+            self.save()
         if self.log is not None:
             self.log.close()
             summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
@@ -107,19 +111,18 @@ class Trainer:
         """Train on what is left of the epoch under way."""
         trainer, state = self.config.trainer, self.state
         self.model.train()
-        loss_sum = torch.zeros(2, dtype=torch.float64, device=self.device)  # since the last record: losses, targets
-        start = time.monotonic()
+        self.recorded = time.monotonic()
         for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
-            loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
+            self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
             state.step += 1
             state.step_in_epoch += 1
             if state.step % trainer.log_every_steps == 0:
-                self._record(loss_sum, time.monotonic() - start)
-                start = time.monotonic()
+                self._record()
             if trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0:
                 self.save()
             if self._out_of_steps():
-                return
+                break
+        self._record()
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -136,7 +139,8 @@ class Trainer:
         # A fixed divisor, not the batch's own count: every target of the epoch weighs the same.
         (losses.sum() / self.config.trainer.batch_targets).backward()
         if self.config.optimizer.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.module.encoder.parameters(), self.config.optimizer.max_grad_norm)
+            dense = [parameter for parameter in self.model.module.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grad_norm_(dense, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         return torch.stack([losses.detach().sum().double(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
 
@@ -174,6 +178,7 @@ class Trainer:
             state.best_step, state.best_value, state.validations_since_best = state.step, metrics["ndcg@10"], 0
         else:
             state.validations_since_best += 1
+        state.validated_step = state.step
         if self.log is not None:
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds)
             best = "  best so far" if state.best_step == state.step else ""
@@ -181,7 +186,8 @@ class Trainer:
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless the loss has gone bad."""
+        self._record()
         save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.trainer.keep_last)
 
     def _is_over(self) -> bool:
@@ -200,18 +206,25 @@ class Trainer:
         for group, base in zip(self.optimizer.param_groups, self.base_learning_rates):
             group["lr"] = base * scale
 
-    def _record(self, loss_sum: Tensor, seconds: float) -> None:
-        """Write the mean loss of all ranks since the last record, and start the next."""
-        dist.all_reduce(loss_sum)
-        total, count = loss_sum.tolist()
-        loss_sum.zero_()
-        if not torch.isfinite(torch.tensor(total)):
-            raise FloatingPointError(
-                f"the loss is {total} at step {self.state.step}; the last good checkpoint stays in {self.run_dir}"
+    def _record(self) -> None:
+        """Write the mean loss of all ranks since the last record, if there was a step.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        dist.all_reduce(self.loss_sum)
+        total, count = self.loss_sum.tolist()
+        self.loss_sum.zero_()
+        seconds, self.recorded = time.monotonic() - self.recorded, time.monotonic()
+        if not count:
+            return
+        if not math.isfinite(total):
+            good = list_checkpoints(self.run_dir)
+            last = good[-1] if good else "there is none yet"
+            raise InputError(
+                f"the loss is {total} at step {self.state.step}: lower the learning rates; last good checkpoint: {last}"
             )
-        rate = count / seconds
+        loss, rate = total / count, count / seconds
         if self.log is not None:
-            self.log.write("train", self.state.step, self.state.epoch, loss=total / max(count, 1), targets_per_second=rate)
-        self.progress.update(
-            self.state.step, f"epoch {self.state.epoch + 1}  loss {total / max(count, 1):.4f}  {rate:,.0f} targets/s"
-        )
+            self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate)
+        self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
