@@ -1,5 +1,6 @@
 """Write files and folders whole or not at all: grow aside, sync, take the name by one rename."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -25,10 +26,15 @@ def publish(aside: Path, path: Path) -> None:
 
     A file replaces one of that name; a folder takes the place of an empty one only.
     """
-    for part in [*sorted(aside.rglob("*")), aside]:
-        _sync(part)
+    sync(aside)
     aside.replace(path)
     _sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder with all it holds, to the disk."""
+    for part in [*sorted(path.rglob("*")), path]:
+        _sync(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,6 +58,26 @@ def check_free(key: str, output: Path) -> None:
         raise InputError(f"{key} {str(output)!r} exists and is not an empty folder; remove it or name another")
 
 
+def sha256_of(path: Path) -> str:
+    """Give the checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_aside(output: Path) -> Path:
+    """Make a hidden folder beside ``output``, to write into.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    aside = aside_of(output)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
+    return aside
+
+
 @contextmanager
 def folder_aside(output: Path) -> Iterator[Path]:
     """Lend a folder beside ``output`` that takes its place at the end, whole, or vanishes on an error.
@@ -60,11 +86,7 @@ def folder_aside(output: Path) -> Iterator[Path]:
         InputError: it cannot be made.
     """
     output = output.absolute()
-    aside = aside_of(output)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"output {str(output)!r} cannot be written: {error.strerror} ({str(aside)!r})") from error
+    aside = make_aside(output)
     try:
         yield aside
         publish(aside, output)

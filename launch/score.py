@@ -4,13 +4,13 @@ import torchx.specs as specs
 
 
 def py(*overrides: str) -> specs.AppDef:
-    """Score users' histories with an exported artifact.
+    """Score users' histories with an exported artifact, or carry kept user states on by new events (mode=update).
 
     Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason.
 
     Args:
-        overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode [top_k=100]
-            [exclude_seen=true] and other hydra overrides
+        overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|update [state=DIR for update]
+            [top_k=100] [exclude_seen=true] and other hydra overrides
     """
     from glintru_rec.programs.launcher import app
 

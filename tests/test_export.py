@@ -15,7 +15,7 @@ from torch import nn
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import GlintRU
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact, ScoringModule, export_artifact
+from glintru_rec.export import Artifact, RecurrentScoringModule, ScoringModule, export_artifact
 from glintru_rec.export import artifact as artifact_module
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.model import SequenceModel
@@ -274,8 +274,8 @@ def test_manifest_says_what_the_artifact_is(tmp_path):
     assert manifest["provenance"] == {"run": "a-run", "step": 12}
     assert manifest["versions"]["torch"] == torch.__version__
     assert set(manifest["files"]) == {"model.pt", "vocabulary/items.parquet"}
-    assert set(manifest["signature"]) == {"encode", "score", "top_k"}
-    for method in ("encode", "score", "top_k"):
+    assert set(manifest["signature"]) == {"encode", "score", "top_k", "top_k_of", "init_state", "step", "advance"}
+    for method in ("encode", "score", "top_k", "step", "advance"):
         assert 0 <= manifest["parity"][method]["relative"] <= 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact"]
 
@@ -287,8 +287,12 @@ def test_signature_is_that_of_the_module(exported):
         schema = getattr(module, method).schema
         assert [argument.name for argument in schema.arguments[1:]] == [entry["name"] for entry in signature["inputs"]]
         sizes = {"T": 3, "B": 1, "C": 2, "k": 4}
-        tensors = [torch.arange(3), torch.tensor([3]), torch.arange(2), torch.tensor([2])]
-        inputs = [*tensors[:2], 4] if method == "top_k" else tensors[: len(signature["inputs"])]
+        values = {"lengths": 3, "candidate_lengths": 2, "seen_lengths": 3, "k": 4, "exclude_seen": True, "batch_size": 1}
+        inputs = []
+        for entry in signature["inputs"]:
+            value = values.get(entry["name"], 0)
+            shape = [sizes.get(size, size) for size in entry.get("shape", [])]
+            inputs.append(torch.full(shape, value, dtype=getattr(torch, entry["dtype"])) if shape else value)
         outputs = getattr(module, method)(*inputs)
         for output, entry in zip(outputs if isinstance(outputs, tuple) else (outputs,), signature["outputs"], strict=True):
             assert list(output.shape) == [sizes.get(size, size) for size in entry["shape"]]
@@ -328,25 +332,27 @@ def test_a_tiny_catalog_exports(tmp_path):
     assert ids.tolist() == [[0, -1]]
 
 
-@pytest.mark.parametrize("broken", ["encode", "top_k", "nan"])
+@pytest.mark.parametrize("broken", ["encode", "top_k", "advance", "nan"])
 def test_a_module_that_differs_from_the_model_is_not_exported(broken, tmp_path, monkeypatch):
     model = make_model()
-    module_class = ScoringModule
+    module_class = RecurrentScoringModule
     if broken == "nan":
         with torch.no_grad():
             model.table.embedding.weight[17] = math.nan
     else:
 
-        class Broken(ScoringModule):
+        class Broken(RecurrentScoringModule):
             def __init__(self, encoder, item_vectors, similarity, max_seq_len):
                 wrong_length = max_seq_len - 1 if broken == "encode" else max_seq_len
                 super().__init__(encoder, item_vectors, similarity, wrong_length)
                 if broken == "top_k":
                     self.cosine = True
                     self.item_scale = torch.full((item_vectors.size(0),), 1.001)
+                if broken == "advance":
+                    self.first_state += 0.01
 
         module_class = Broken
-    monkeypatch.setattr(artifact_module, "ScoringModule", module_class)
+    monkeypatch.setattr(artifact_module, "RecurrentScoringModule", module_class)
     with pytest.raises(RuntimeError, match=r"the exported \w+ differs from the model by (nan|[\d.e-]+) at a scale of"):
         export(model, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []

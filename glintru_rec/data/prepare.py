@@ -11,9 +11,7 @@ aside, each of the latter with its reason.
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import duckdb
 from glintru_rec.data.cleaning import clean, drop_rare, stage
 from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION
 from glintru_rec.data.formats import LogColumns, LogFile, open_log
+from glintru_rec.data.scratch import scratch_database
 from glintru_rec.data.writing import fetch_one, statistics, write_sequences, write_set_aside, write_vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.files import check_free, folder_aside
@@ -116,7 +115,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     files = open_log(config.input, names)
     progress(f"reading {len(files)} file(s), {files[0].format}")
     with folder_aside(output) as folder:
-        with _database(folder / ".work", config) as db:
+        with scratch_database(folder / ".work", config.threads, config.memory_limit) as db:
             manifest = _write_dataset(db, folder, files, names, config, progress)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return PrepareReport(config.output, manifest)
@@ -172,18 +171,3 @@ def _write_dataset(
             "files": [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files],
         },
     }
-
-
-@contextmanager
-def _database(folder: Path, config: PrepareConfig) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a database that sorts and groups out of core, in ``folder``, which is gone afterwards."""
-    folder.mkdir()
-    with duckdb.connect(str(folder / "log.duckdb")) as db:
-        db.execute("SET temp_directory = $folder", {"folder": str(folder / "spill")})
-        db.execute("SET preserve_insertion_order = true; SET enable_progress_bar = false; SET TimeZone = 'UTC'")
-        if config.threads:
-            db.execute(f"SET threads = {config.threads}")
-        if config.memory_limit:
-            db.execute(f"SET memory_limit = '{config.memory_limit}'")
-        yield db
-    shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from glintru_rec.errors import InputError
@@ -21,15 +22,21 @@ class Encoder(nn.Module):
         out, state = encoder.step(x_t, state)         # one more item each: what forward would give at that position
         state = encoder.init_state(batch_size)        # before the first item
 
-    A state is a NamedTuple of tensors with the sequences as leading dimension.
+    A state is a NamedTuple of tensors with the sequences as leading dimension. To be kept somewhere it becomes one row of
+    S numbers for each sequence, and comes back exactly::
+
+        packed = encoder.pack_state(state)            # [B, S], of the parameters' dtype: float32 in an artifact
+        state = encoder.unpack_state(packed)          # S = encoder.state_size
 
     Attributes:
         width: features D of input and output.
         causal: whether every position may be used.
+        recurrent: whether the encoder has the recurrent form.
     """
 
     width: int
     causal: bool
+    recurrent: bool = False
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Encode a ragged batch.
@@ -60,6 +67,24 @@ class Encoder(nn.Module):
 
         Returns:
             What `forward` gives at that position, ``[B, D]``, and the state after it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
+
+    @property
+    @torch.jit.unused
+    def state_size(self) -> int:
+        """Numbers S that a packed state has for each sequence, whatever the history's length; 0 where there is no state."""
+        return self.pack_state(self.init_state(1)).size(1) if self.recurrent else 0
+
+    def pack_state(self, state: Any) -> Tensor:
+        """Lay the state of B sequences out as rows, ``[B, S]``."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
+
+    def unpack_state(self, packed: Tensor) -> Any:
+        """Give back what `pack_state` laid out, to the last bit.
+
+        Args:
+            packed: ``[B, S]``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no recurrent form")
 

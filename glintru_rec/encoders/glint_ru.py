@@ -70,6 +70,7 @@ class GlintRU(Encoder):
         check_rates("GlintRU", dropout=dropout, gate_dropout=gate_dropout, mix_dropout=mix_dropout, mlp_dropout=mlp_dropout)
         self.width = width
         self.causal = causal
+        self.recurrent = causal
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dropout = nn.Dropout(dropout)
@@ -163,6 +164,26 @@ class GlintRU(Encoder):
             hidden, own = block.step(hidden, own)  # type: ignore[operator]
             states.append(own)
         return hidden, _stack(states)
+
+    def pack_state(self, state: GlintRUState) -> Tensor:
+        """Lay the state of B sequences out as rows, ``[B, S]`` (see `Encoder.pack_state`)."""
+        past_u, past_gated = state.past_u.flatten(1), state.past_gated.flatten(1)
+        return torch.cat([past_u, past_gated, state.h.flatten(1), state.sums.flatten(1)], dim=1)
+
+    def unpack_state(self, packed: Tensor) -> GlintRUState:
+        """Give back what `pack_state` laid out."""
+        sequences, blocks, past = packed.size(0), len(self.blocks), self.kernel_size - 1
+        d = self.width // self.num_heads
+        window = blocks * past * self.width
+        past_u, past_gated, h, sums = packed.split(
+            [window, window, blocks * self.width, blocks * self.num_heads * d * d], dim=1
+        )
+        return GlintRUState(
+            past_u.view(sequences, blocks, past, self.width),
+            h.view(sequences, blocks, self.width),
+            past_gated.view(sequences, blocks, past, self.width),
+            sums.view(sequences, blocks, self.num_heads, d, d),
+        )
 
     def _check_recurrent(self) -> None:
         if not self.causal:

@@ -163,6 +163,7 @@ class LRURec(Encoder):
             raise InputError(f"LRURec: min_radius {min_radius}, max_radius {max_radius}; it must be 0 < min <= max < 1")
         self.width = width
         self.causal = True
+        self.recurrent = True
         self.state_width = state_width
         self.dropout = nn.Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
@@ -217,6 +218,14 @@ class LRURec(Encoder):
             hidden, h = block.step(hidden, state.h[:, i])  # type: ignore[operator]
             states.append(h)
         return hidden, LRURecState(torch.stack(states, dim=1))
+
+    def pack_state(self, state: LRURecState) -> Tensor:
+        """Lay the state of B sequences out as rows, ``[B, S]`` (see `Encoder.pack_state`)."""
+        return state.h.flatten(1)
+
+    def unpack_state(self, packed: Tensor) -> LRURecState:
+        """Give back what `pack_state` laid out."""
+        return LRURecState(packed.view(packed.size(0), len(self.blocks), 2, self.state_width))
 
 
 # Our module or parameter of a block -> its name in the published code's ``model.lru_blocks.<i>``; there, ν, θ and γ_log are

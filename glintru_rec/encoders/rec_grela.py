@@ -67,8 +67,11 @@ class RecGRELA(Encoder):
         check_rates("RecGRELA", dropout=dropout, drop_path=drop_path)
         self.width = width
         self.causal = causal
+        self.recurrent = causal
         self.num_heads = num_heads
         self.kernel_size = kernel_size
+        # A packed state holds the position as two digits that float32 has exactly: up to 2**48 items.
+        self.position_digit = 1 << 24
         self.dropout = nn.Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -143,6 +146,27 @@ class RecGRELA(Encoder):
             hidden, own = block.step(hidden, cos, sin, own)  # type: ignore[operator]
             states.append(own)
         return hidden, _stack(states)
+
+    def pack_state(self, state: RecGRELAState) -> Tensor:
+        """Lay the state of B sequences out as rows, ``[B, S]`` (see `Encoder.pack_state`)."""
+        position = torch.stack([state.position // self.position_digit, state.position % self.position_digit], dim=1)
+        memory, key_sums, recent = state.memory.flatten(1), state.key_sums.flatten(1), state.recent.flatten(1)
+        return torch.cat([memory, key_sums, recent, position.to(memory.dtype)], dim=1)
+
+    def unpack_state(self, packed: Tensor) -> RecGRELAState:
+        """Give back what `pack_state` laid out."""
+        sequences, blocks, past = packed.size(0), len(self.blocks), self.kernel_size - 1
+        d = self.width // self.num_heads
+        memory, key_sums, recent, position = packed.split(
+            [blocks * self.width * d, blocks * self.width, blocks * past * self.width, 2], dim=1
+        )
+        digits = position.to(torch.int64)
+        return RecGRELAState(
+            memory.view(sequences, blocks, self.num_heads, d, d),
+            key_sums.view(sequences, blocks, self.num_heads, d),
+            recent.view(sequences, blocks, past, self.width),
+            digits[:, 0] * self.position_digit + digits[:, 1],
+        )
 
     def _check_recurrent(self) -> None:
         if not self.causal:

@@ -2,13 +2,13 @@
 
 ::
 
-    model.pt                   TorchScript of `ScoringModule`, for torch.jit.load in Python and torch::jit::load in C++
+    model.pt                   TorchScript of `ScoringModule`, or of `RecurrentScoringModule` where the encoder is recurrent,
+                               for torch.jit.load in Python and torch::jit::load in C++
     vocabulary/items.parquet   item_id, index, count: the module's item ids are the indices
     manifest.json              signature, measured parity, where it came from, sha256 of the other two
 """
 
 import copy
-import hashlib
 import importlib.metadata
 import json
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.export.parity import TOLERANCE, measure_parity
+from glintru_rec.export.recurrent_module import RecurrentScoringModule
 from glintru_rec.export.scoring_module import ScoringModule
-from glintru_rec.files import check_free, folder_aside
+from glintru_rec.files import check_free, folder_aside, sha256_of
 
 ARTIFACT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -37,7 +38,7 @@ class Artifact:
 
     Attributes:
         path: its folder.
-        module: has the methods of `ScoringModule`.
+        module: has the methods that ``manifest["signature"]`` names.
         vocabulary: between original item ids and the module's.
         manifest: as `export_artifact` wrote it.
     """
@@ -46,6 +47,11 @@ class Artifact:
     module: torch.jit.ScriptModule
     vocabulary: Vocabulary
     manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be equal for a user's state to be of this model: its file and its vocabulary."""
+        return f"{self.manifest['files'][MODEL_FILE]}-{self.vocabulary.sha256}"
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "Artifact":
@@ -64,7 +70,7 @@ class Artifact:
             file = path / name
             if not file.is_file():
                 raise InputError(f"artifact {str(path)!r} lacks {name}; export it again")
-            if _sha256(file) != sha256:
+            if sha256_of(file) != sha256:
                 raise InputError(f"{name} of artifact {str(path)!r} is not the file that was exported; export it again")
         vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
         if vocabulary.sha256 != manifest["vocabulary_sha256"]:
@@ -115,7 +121,8 @@ def export_artifact(
     with folder_aside(output) as folder:
         (folder / VOCABULARY_FILE).parent.mkdir()
         vocabulary.save(folder / VOCABULARY_FILE)
-        module = ScoringModule(encoder, item_vectors, similarity, max_seq_len).eval()
+        module_class = RecurrentScoringModule if encoder.recurrent else ScoringModule
+        module = module_class(encoder, item_vectors, similarity, max_seq_len).eval()
         torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
         parity = measure_parity(torch.jit.load(str(folder / MODEL_FILE)), encoder, similarity, item_vectors, max_seq_len)
         for method, figures in parity.items():
@@ -128,7 +135,7 @@ def export_artifact(
             "artifact_version": ARTIFACT_VERSION,
             "format": "torchscript",
             "precision": "fp32",
-            "signature": _signature(embedding_dim),
+            "signature": _signature(embedding_dim, encoder.state_size),
             "num_items": num_items,
             "embedding_dim": embedding_dim,
             "max_seq_len": max_seq_len,
@@ -138,14 +145,14 @@ def export_artifact(
             "provenance": provenance,
             "versions": {"torch": torch.__version__, "glintru_rec": importlib.metadata.version("glintru_rec")},
             "parity": {"tolerance": TOLERANCE, **parity},
-            "files": {name: _sha256(folder / name) for name in (MODEL_FILE, VOCABULARY_FILE)},
+            "files": {name: sha256_of(folder / name) for name in (MODEL_FILE, VOCABULARY_FILE)},
         }
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def _signature(embedding_dim: int) -> dict[str, Any]:
-    """Describe every method: T items of B histories, C candidates; all of these may be 0."""
+def _signature(embedding_dim: int, state_size: int) -> dict[str, Any]:
+    """Describe every method: T items of B histories, C candidates; all of these may be 0. No state, no steps."""
 
     def tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:
         return {"name": name, "dtype": dtype, "shape": list(shape)}
@@ -153,14 +160,23 @@ def _signature(embedding_dim: int) -> dict[str, Any]:
     histories = [tensor("item_ids", "int64", "T"), tensor("lengths", "int64", "B")]
     candidates = [tensor("candidates", "int64", "C"), tensor("candidate_lengths", "int64", "B")]
     options = [{"name": "k", "dtype": "int"}, {"name": "exclude_seen", "dtype": "bool", "default": True}]
-    return {
-        "encode": {"inputs": histories, "outputs": [tensor("query", "float32", "B", embedding_dim)]},
+    query = tensor("query", "float32", "B", embedding_dim)
+    seen = [tensor("seen_ids", "int64", "T"), tensor("seen_lengths", "int64", "B")]
+    best = [tensor("ids", "int64", "B", "k"), tensor("scores", "float32", "B", "k")]
+    signature: dict[str, Any] = {
+        "encode": {"inputs": histories, "outputs": [query]},
         "score": {"inputs": histories + candidates, "outputs": [tensor("scores", "float32", "C")]},
-        "top_k": {
-            "inputs": histories + options,
-            "outputs": [tensor("ids", "int64", "B", "k"), tensor("scores", "float32", "B", "k")],
-        },
+        "top_k": {"inputs": histories + options, "outputs": best},
+        "top_k_of": {"inputs": [query, *seen, options[0]], "outputs": best},
     }
+    if state_size:
+        state = tensor("state", "float32", "B", state_size)
+        signature |= {
+            "init_state": {"inputs": [{"name": "batch_size", "dtype": "int"}], "outputs": [state]},
+            "step": {"inputs": [tensor("item_ids", "int64", "B"), state], "outputs": [query, state]},
+            "advance": {"inputs": [*histories, state], "outputs": [query, state]},
+        }
+    return signature
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -178,8 +194,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not {MODEL_FILE, VOCABULARY_FILE} <= set(manifest.get("files", ())) or "vocabulary_sha256" not in manifest:
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

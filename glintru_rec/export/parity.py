@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glintru_rec.encoders.base import Encoder
-from glintru_rec.jagged import keep_last, offsets_from_lengths, sequence_index
+from glintru_rec.jagged import keep_last, lengths_from_offsets, offsets_from_lengths, sequence_index
 from glintru_rec.model import SequenceModel
 
 TOLERANCE = 1e-5
@@ -17,6 +17,7 @@ TOLERANCE = 1e-5
 _K = 100
 _CANDIDATES = 16
 _CATALOG_BLOCK = 1 << 16
+_MAX_STEPS = 50
 # TorchScript watches a graph's first call and optimises it for the second; both must agree with the model.
 _CALLS = 2
 
@@ -36,7 +37,7 @@ class _PlainTable(nn.Module):
 def measure_parity(
     module: Any, encoder: Encoder, similarity: str, item_vectors: Tensor, max_seq_len: int
 ) -> dict[str, dict[str, float]]:
-    """Compare every method of an exported module with the eager `SequenceModel` on random histories.
+    """Compare the methods of an exported module with the eager `SequenceModel` on random histories.
 
     Some of the histories are empty, some longer than ``max_seq_len``.
 
@@ -69,7 +70,11 @@ def measure_parity(
     best = torch.full((lengths.numel(), _K), -torch.inf)
     best[:, : min(_K, num_items)] = catalog.topk(min(_K, num_items), dim=1).values
 
-    worst = dict.fromkeys(("encode", "score", "top_k"), torch.zeros(()))
+    largest = {"encode": query, "score": scores, "top_k": best[best.isfinite()]}
+    if encoder.recurrent:
+        short, short_offsets = keep_last(item_ids, offsets, _MAX_STEPS)
+        largest["advance"] = largest["step"] = model.encode(short, short_offsets, short[:0])[0]
+    worst = dict.fromkeys(largest, torch.zeros(()))
     for _ in range(_CALLS):
         top_ids, top_scores = module.top_k(item_ids, lengths, _K, True)
         top_again = torch.where(top_ids < 0, -torch.inf, catalog.gather(1, top_ids.clamp(min=0)))
@@ -79,9 +84,23 @@ def measure_parity(
             # The order of nearly equal scores may differ: compare sorted scores, and what the model gives the same ids.
             "top_k": torch.maximum(_difference(top_scores, best), _difference(top_again, best)),
         }
+        if encoder.recurrent:
+            differences |= _recurrent_differences(module, short, short_offsets, largest["step"])
         worst = {name: torch.maximum(worst[name], difference) for name, difference in differences.items()}
-    largest = {"encode": query, "score": scores, "top_k": best[best.isfinite()]}
     return {name: _figures(difference, largest[name]) for name, difference in worst.items()}
+
+
+def _recurrent_differences(module: Any, item_ids: Tensor, offsets: Tensor, query: Tensor) -> dict[str, Tensor]:
+    """Take every history in event by event, all at once and the last event by itself; ``query`` is the truth."""
+    lengths = lengths_from_offsets(offsets)
+    start = module.init_state(lengths.numel())
+    advanced, _ = module.advance(item_ids, lengths, start)
+    some = lengths > 0
+    is_last = torch.zeros(item_ids.numel(), dtype=torch.bool)
+    is_last[offsets[1:][some] - 1] = True
+    _, before = module.advance(item_ids[~is_last], lengths - some.to(torch.int64), start)
+    stepped, _ = module.step(item_ids[is_last], before[some])
+    return {"advance": _difference(advanced, query), "step": _difference(stepped, query[some])}
 
 
 def _difference(values: Tensor, truth: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class ScoringModule(nn.Module):
         item_vectors: the item table as trained, float32 ``[V, D]``. Kept as it is, not copied.
         similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
         max_seq_len: the encoder sees each history's last ``max_seq_len`` items.
-        max_block_cells: largest number of scores or features that `score` and `top_k` compute at once.
+        max_block_cells: largest number of scores or features that `score` and `top_k_of` compute at once.
     """
 
     item_vectors: Tensor
@@ -69,7 +69,7 @@ class ScoringModule(nn.Module):
         Raises:
             ValueError: ``lengths`` do not add up to T.
         """
-        offsets = _offsets(lengths, item_ids)
+        offsets = checked_offsets(lengths, item_ids)
         recent, offsets = keep_last(item_ids, offsets, self.max_seq_len)
         hidden = self.encoder(self.item_vectors.index_select(0, recent), offsets)
         query = last_of_each(hidden, offsets)
@@ -96,7 +96,7 @@ class ScoringModule(nn.Module):
         if candidate_lengths.numel() != lengths.numel():
             raise ValueError(f"{candidate_lengths.numel()} candidate lengths were given for {lengths.numel()} histories")
         query = self.encode(item_ids, lengths)
-        rows = sequence_index(_offsets(candidate_lengths, candidates), candidates.size(0))
+        rows = sequence_index(checked_offsets(candidate_lengths, candidates), candidates.size(0))
         block = max(1, self.max_block_cells // query.size(1))
         scores = query.new_empty(candidates.size(0))
         for start in range(0, candidates.size(0), block):
@@ -126,12 +126,34 @@ class ScoringModule(nn.Module):
         Raises:
             ValueError: k is not positive, or ``lengths`` do not add up to T.
         """
+        query = self.encode(item_ids, lengths)
+        if exclude_seen:
+            return self.top_k_of(query, item_ids, lengths, k)
+        return self.top_k_of(query, item_ids[:0], torch.zeros_like(lengths), k)
+
+    @torch.jit.export
+    def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the best items of the catalog for users whose query is known, exactly.
+
+        Args:
+            query: as `encode` gives it, float32 ``[B, D]``.
+            seen_ids: items to leave out, user after user, int64 ``[T]``; repeated ones do no harm.
+            seen_lengths: items to leave out for each user, int64 ``[B]``, T in all.
+            k: items to find, at least 1.
+
+        Returns:
+            ids and scores, see `top_k`.
+
+        Raises:
+            ValueError: k is not positive, or there are not B ``seen_lengths`` that add up to T.
+        """
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
-        query = self.encode(item_ids, lengths)
+        if seen_lengths.numel() != query.size(0):
+            raise ValueError(f"{seen_lengths.numel()} seen lengths were given for {query.size(0)} queries")
         # Seen items in the order of the catalog: those of a block lie next to each other.
-        seen, order = torch.sort(item_ids)
-        seen_rows = sequence_index(_offsets(lengths, item_ids), item_ids.size(0))[order]
+        seen, order = torch.sort(seen_ids)
+        seen_rows = sequence_index(checked_offsets(seen_lengths, seen_ids), seen_ids.size(0))[order]
         best_ids = torch.full([query.size(0), k], -1, dtype=torch.int64, device=query.device)
         best_scores = torch.full([query.size(0), k], float("-inf"), dtype=query.dtype, device=query.device)
         num_items = self.item_vectors.size(0)
@@ -142,9 +164,8 @@ class ScoringModule(nn.Module):
             scores = torch.mm(query, self.item_vectors[start : start + block].t())
             if self.cosine:
                 scores.mul_(self.item_scale[start : start + block])
-            if exclude_seen:
-                here, there = seen_before[i], seen_before[i + 1]
-                scores[seen_rows[here:there], seen[here:there] - start] = float("-inf")
+            here, there = seen_before[i], seen_before[i + 1]
+            scores[seen_rows[here:there], seen[here:there] - start] = float("-inf")
             places = _best_places(scores, k)
             best_ids = torch.cat([best_ids, places + start], dim=1)
             best_scores = torch.cat([best_scores, scores.gather(1, places)], dim=1)
@@ -155,7 +176,7 @@ class ScoringModule(nn.Module):
         return best_ids, best_scores
 
 
-def _offsets(lengths: Tensor, values: Tensor) -> Tensor:
+def checked_offsets(lengths: Tensor, values: Tensor) -> Tensor:
     """Turn lengths into offsets, after a check that they cut ``values`` without rest."""
     offsets = offsets_from_lengths(lengths)
     total = int(offsets[-1].item())

@@ -1,5 +1,6 @@
 """Use a model offline: score users in bulk with an artifact; evaluate a run (which needs torchrec, scoring does not)."""
 
 from glintru_rec.scoring.job import MODES, ScoreConfig, ScoreReport, score
+from glintru_rec.scoring.update import UpdateReport, update_states
 
-__all__ = ["MODES", "ScoreConfig", "ScoreReport", "score"]
+__all__ = ["MODES", "ScoreConfig", "ScoreReport", "UpdateReport", "score", "update_states"]

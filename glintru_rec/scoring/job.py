@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
@@ -31,7 +32,7 @@ from glintru_rec.scoring.fragments import Fragment, open_fragments
 from glintru_rec.scoring.rows import Columns, Rows
 from glintru_rec.scoring.writer import FragmentWriter
 
-MODES = ("candidates", "top_k", "encode")
+MODES = ("candidates", "top_k", "encode", "update")
 REJECTS_FOLDER = "rejects"
 UNKNOWN_CANDIDATES_FOLDER = "unknown_candidates"
 REPORT_FILE = "report.json"
@@ -46,23 +47,28 @@ class ScoreConfig:
 
     Attributes:
         artifact: folder that launch/export.py wrote.
-        input: parquet file, folder of them or glob pattern; one row per user.
+        input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update.
         output: folder to write; it must not exist, or be empty.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
-            writes the user's vector.
+            writes the user's vector; ``update`` carries the states of users on by new events and finds the best items of
+            those who acted (see `glintru_rec.scoring.update`).
+        state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
-        exclude_seen: top_k leaves out the items of the history.
+        exclude_seen: top_k and update leave out the items of the history.
         batch_size: users scored at once.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         user_column: name of the column of user ids, integers or strings.
         history_column: name of the column of histories, lists of item ids, oldest first.
         candidates_column: name of the column of candidates, lists of item ids; mode candidates only.
+        item_column: name of the column of item ids; mode update only.
+        time_column: name of the column of times, whole numbers or timestamps; mode update only.
     """
 
     artifact: str
     input: str
     output: str
     mode: str
+    state: str = ""
     top_k: int = 100
     exclude_seen: bool = True
     batch_size: int = 1024
@@ -70,15 +76,24 @@ class ScoreConfig:
     user_column: str = "user_id"
     history_column: str = "history"
     candidates_column: str = "candidates"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
 
     def __post_init__(self):
         one_of("mode", self.mode, MODES)
-        for key in ("artifact", "input", "output", "user_column", "history_column", "candidates_column"):
+        names = ("user_column", "history_column", "candidates_column", "item_column", "time_column")
+        for key in ("artifact", "input", "output", *names):
             check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        columns = (self.user_column, self.history_column, self.candidates_column)
-        check("user_column, history_column, candidates_column", columns, len(set(columns)) == 3, "three different names")
+        if self.mode == "update":
+            check("state", self.state, bool(self.state), "the folder of the user states, as mode is 'update'")
+            keys = ("user_column", "item_column", "time_column")
+        else:
+            check("state", self.state, not self.state, f"left out, as mode {self.mode!r} keeps no states")
+            keys = ("user_column", "history_column", "candidates_column")
+        columns = tuple(getattr(self, key) for key in keys)
+        check(", ".join(keys), columns, len({name.lower() for name in columns}) == 3, "three different names")
         kind, _, number = self.device.partition(":")
         known = self.device in ("cpu", "cuda") or (kind == "cuda" and number.isdigit())
         check("device", self.device, known, "cpu, cuda or cuda:N")
@@ -115,7 +130,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     Memory is bounded by ``batch_size``, not by the input.
 
     Args:
-        config: what to score, and how.
+        config: what to score, and how; for mode update there is `glintru_rec.scoring.update_states`.
         progress: called after every batch with the rows done and the rows there are.
 
     Returns:
@@ -125,6 +140,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
         InputError: the artifact, the input or the output folder cannot be used. The input's files are all checked before
             the first is scored; files written before damage is found in a later one stay, without ``_SUCCESS``.
     """
+    check("mode", config.mode, config.mode != "update", "one that scores histories; for update, call update_states()")
     start = time.monotonic()
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -175,8 +191,13 @@ def _schema(fragment: Fragment, config: ScoreConfig, artifact: Artifact) -> pa.S
     user = ("user_id", fragment.user_type)
     if config.mode == "encode":
         return pa.schema([user, ("embedding", pa.list_(pa.float32(), artifact.manifest["embedding_dim"]))])
+    return ranked_schema(fragment.user_type, artifact)
+
+
+def ranked_schema(user_type: pa.DataType, artifact: Artifact) -> pa.Schema:
+    """Give the columns of an output of items and their scores."""
     item_ids = pa.list_(artifact.vocabulary.item_ids.type)
-    return pa.schema([user, ("item_ids", item_ids), ("scores", pa.list_(pa.float32()))])
+    return pa.schema([("user_id", user_type), ("item_ids", item_ids), ("scores", pa.list_(pa.float32()))])
 
 
 @torch.inference_mode()
@@ -192,10 +213,19 @@ def _scored(rows: Rows, fragment: Fragment, config: ScoreConfig, artifact: Artif
         return pa.table([rows.users, embedding], schema=schema)
     if config.mode == "candidates":
         scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
-    else:
-        best, best_scores = artifact.module.top_k(item_ids, lengths, config.top_k, config.exclude_seen)
-        found = best >= 0
-        candidates, candidate_lengths, scores = best[found], found.sum(1), best_scores[found]
-    offsets = pa.array(np.concatenate([[0], candidate_lengths.cumsum(0).cpu().numpy()]), pa.int32())
-    columns = (artifact.vocabulary.decode(candidates.cpu().numpy()), pa.array(scores.cpu().numpy()))
-    return pa.table([rows.users, *(pa.ListArray.from_arrays(offsets, column) for column in columns)], schema=schema)
+        return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
+    best, best_scores = artifact.module.top_k(item_ids, lengths, config.top_k, config.exclude_seen)
+    return ranked_table(rows.users, best, best_scores, artifact)
+
+
+def ranked_table(users: pa.Array, ids: Tensor, scores: Tensor, artifact: Artifact) -> pa.Table:
+    """Write what ``top_k`` found of each user, ``[B, k]``, less the empty places, as user_id, item_ids and scores."""
+    found = ids >= 0
+    return _listed(users, ids[found], found.sum(1), scores[found], artifact)
+
+
+def _listed(users: pa.Array, item_ids: Tensor, lengths: Tensor, scores: Tensor, artifact: Artifact) -> pa.Table:
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum(0).cpu().numpy()]), pa.int32())
+    columns = (artifact.vocabulary.decode(item_ids.cpu().numpy()), pa.array(scores.cpu().numpy()))
+    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    return pa.table([users, *lists], schema=ranked_schema(users.type, artifact))

@@ -1,0 +1,96 @@
+"""What an artifact of a recurrent encoder runs besides: a user's state, carried on event by event. It needs torch alone.
+
+Shapes: T events of a ragged batch, B users, D width, S numbers of a packed state.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from glintru_rec.encoders.base import Encoder
+from glintru_rec.export.scoring_module import MAX_BLOCK_CELLS, ScoringModule, checked_offsets
+from glintru_rec.ops.time_major import time_major
+
+
+class RecurrentScoringModule(ScoringModule):
+    """A `ScoringModule` that also goes on from where a user was, at a cost that the history's length does not change.
+
+    A state knows the whole history, while `encode` sees its last ``max_seq_len`` items: both give the same query as long
+    as the history has no more than these.
+
+    Args:
+        encoder: has the recurrent form.
+        item_vectors: see `ScoringModule`.
+        similarity: see `ScoringModule`.
+        max_seq_len: see `ScoringModule`.
+        max_block_cells: see `ScoringModule`.
+    """
+
+    first_state: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        item_vectors: Tensor,
+        similarity: str,
+        max_seq_len: int,
+        max_block_cells: int = MAX_BLOCK_CELLS,
+    ):
+        super().__init__(encoder, item_vectors, similarity, max_seq_len, max_block_cells)
+        self.register_buffer("first_state", encoder.pack_state(encoder.init_state(1)))
+
+    @torch.jit.export
+    def init_state(self, batch_size: int) -> Tensor:
+        """Give the state of ``batch_size`` users before their first event, float32 ``[B, S]``."""
+        return self.first_state.repeat(batch_size, 1)
+
+    @torch.jit.export
+    def step(self, item_ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in one event of each user.
+
+        Args:
+            item_ids: int64 ``[B]``.
+            state: float32 ``[B, S]``; left as it is.
+
+        Returns:
+            query, float32 ``[B, D]``, as `encode` gives it, and the state after the event, float32 ``[B, S]``.
+        """
+        x = self.item_vectors.index_select(0, item_ids)
+        query, after = self.encoder.step(x, self.encoder.unpack_state(state))
+        if self.cosine:
+            query = functional.normalize(query, dim=1)
+        return query, self.encoder.pack_state(after)
+
+    @torch.jit.export
+    def advance(self, item_ids: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in any number of events of each user, in their order.
+
+        Args:
+            item_ids: new events, oldest first, user after user, int64 ``[T]``.
+            lengths: new events of each user, int64 ``[B]``, T in all.
+            state: before them, float32 ``[B, S]``; left as it is.
+
+        Returns:
+            query after the last event, float32 ``[B, D]``, and the state after it, float32 ``[B, S]``. A user without
+            events keeps the state and has the query 0.
+
+        Raises:
+            ValueError: ``lengths`` do not add up to T, or there are not B of them.
+        """
+        if lengths.numel() != state.size(0):
+            raise ValueError(f"{lengths.numel()} lengths were given for {state.size(0)} states")
+        # Users with the most events first: those who have a t-th event are the first alive[t] of them.
+        order = time_major(checked_offsets(lengths, item_ids), item_ids.size(0))
+        events = item_ids.index_select(0, order.rows)
+        ranked = state.index_select(0, order.ranking)
+        ranked_query = self.item_vectors.new_zeros([lengths.numel(), self.item_vectors.size(1)])
+        start = 0
+        for alive in order.alive:
+            query, after = self.step(events[start : start + alive], ranked[:alive])
+            ranked_query[:alive] = query
+            ranked[:alive] = after
+            start += alive
+        queries, states = torch.empty_like(ranked_query), torch.empty_like(ranked)
+        queries[order.ranking] = ranked_query
+        states[order.ranking] = ranked
+        return queries, states
