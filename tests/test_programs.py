@@ -110,6 +110,7 @@ def test_candidates_and_encode(job, tmp_path):
     common = [f"artifact={job / 'artifact'}", f"input={tmp_path / 'input.parquet'}"]
     run_program("score", *common, f"output={tmp_path / 'candidates'}", "mode=candidates")
     run_program("score", *common, f"output={tmp_path / 'encode'}", "mode=encode")
+    run_program("score", *common, f"output={tmp_path / 'all'}", "mode=top_k", "top_k=1000000000")  # as many as there are
     rows = pq.read_table(sorted((tmp_path / "candidates").glob("*.parquet"))).to_pylist()
     assert [row["item_ids"] for row in rows] == lists
     vectors = pq.read_table(sorted((tmp_path / "encode").glob("*.parquet"))).column("embedding").to_pylist()

@@ -27,7 +27,7 @@ from torch import Tensor
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.files import write_json, write_text
+from glintru_rec.files import check_free, write_json, write_text
 from glintru_rec.scoring.fragments import Fragment, open_fragments
 from glintru_rec.scoring.rows import Columns, Rows
 from glintru_rec.scoring.writer import FragmentWriter
@@ -143,8 +143,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     check("mode", config.mode, config.mode != "update", "one that scores histories; for update, call update_states()")
     start = time.monotonic()
     output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output {config.output!r} exists and is not an empty folder; remove it or name another")
+    check_free("output", output)
     artifact = Artifact.load(config.artifact, config.device)
     candidates_column = config.candidates_column if config.mode == "candidates" else None
     columns = Columns(config.user_column, config.history_column, candidates_column)
@@ -214,7 +213,8 @@ def _scored(rows: Rows, fragment: Fragment, config: ScoreConfig, artifact: Artif
     if config.mode == "candidates":
         scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
         return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
-    best, best_scores = artifact.module.top_k(item_ids, lengths, config.top_k, config.exclude_seen)
+    k = min(config.top_k, artifact.vocabulary.num_items)
+    best, best_scores = artifact.module.top_k(item_ids, lengths, k, config.exclude_seen)
     return ranked_table(rows.users, best, best_scores, artifact)
 
 

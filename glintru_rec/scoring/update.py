@@ -235,7 +235,8 @@ def _apply(batch: EventBatch, store: StateStore, artifact: Artifact, config: Sco
     )
     store.write(users.to_pylist(), after)
     hidden = seen if config.exclude_seen else Ragged(seen.indices[:0], np.zeros_like(seen.lengths))
-    ids, scores = module.top_k_of(query, *(torch.from_numpy(array).to(config.device) for array in hidden), config.top_k)
+    k = min(config.top_k, artifact.vocabulary.num_items)
+    ids, scores = module.top_k_of(query, *(torch.from_numpy(array).to(config.device) for array in hidden), k)
     ranked = ranked_table(users, ids, scores, artifact)
     return _Applied(ranked, late, repeated, len(rows), int((~is_known).sum()))
 
