@@ -155,6 +155,6 @@ def silu(x):
     return x / (1 + (-x).exp())
 
 
-def layer_norm(layer, x, eps):
+def layer_norm(layer, x):
     centred = x - x.mean()
-    return centred / (centred.square().mean() + eps).sqrt() * layer.weight + layer.bias
+    return centred / (centred.square().mean() + layer.eps).sqrt() * layer.weight + layer.bias

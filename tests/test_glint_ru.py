@@ -15,6 +15,7 @@ from glintru_rec.encoders import build_encoder
 from glintru_rec.encoders.glint_ru import load_published_weights
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
+from tests.encoder_laws import elu, gelu, layer_norm, linear, silu
 
 PublishedGlintRU = run_path(str(Path(__file__).parents[1] / "tools" / "published_formulation.py"))["PublishedGlintRU"]
 
@@ -60,29 +61,8 @@ def draw(lengths, width=8, dtype=torch.float64, seed=1):
 # --- ENCODERS.md §1, one item after another
 
 
-def linear(layer, x):
-    return layer.weight @ x + layer.bias
-
-
-def elu(x):
-    return torch.where(x > 0, x, x.exp() - 1)
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def silu(x):
-    return x / (1 + (-x).exp())
-
-
 def sigmoid(x):
     return 1 / (1 + (-x).exp())
-
-
-def layer_norm(layer, x):
-    centred = x - x.mean()
-    return centred / (centred.square().mean() + layer.eps).sqrt() * layer.weight + layer.bias
 
 
 def convolution(layer, xs, causal):

@@ -17,7 +17,7 @@ VARIANTS = [{}, {"num_blocks": 1, "state_width": 5}, {"num_blocks": 3, "state_wi
 
 def reference(encoder, x):
     """One sequence ``[N, D]``, position by position, straight from the equations, over complex numbers."""
-    xs = [layer_norm(encoder.embedding_norm, e, 1e-5) if isinstance(encoder.embedding_norm, nn.LayerNorm) else e for e in x]
+    xs = [layer_norm(encoder.embedding_norm, e) if isinstance(encoder.embedding_norm, nn.LayerNorm) else e for e in x]
     for block in encoder.blocks:
         lru = block.recurrence
         size = encoder.state_width
@@ -29,8 +29,8 @@ def reference(encoder, x):
         out = []
         for x_n in xs:
             h = decay * h + torch.exp(lru.gamma_log) * (w_in @ x_n.to(w_in.dtype) + b_in)
-            y = layer_norm(block.norm, (w_out @ h).real + lru.dense_out.bias + x_n, 1e-5)
-            out.append(layer_norm(block.mlp_norm, linear(block.down, gelu(linear(block.up, y))) + y, 1e-5))
+            y = layer_norm(block.norm, (w_out @ h).real + lru.dense_out.bias + x_n)
+            out.append(layer_norm(block.mlp_norm, linear(block.down, gelu(linear(block.up, y))) + y))
         xs = out
     return torch.stack(xs)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tests.encoder_laws import elu, gelu, layer_norm, linear, silu
+
 # A file, not a package: it is run and imported from the repository, and never installed.
 published = run_path(str(Path(__file__).parents[1] / "tools" / "published_formulation.py"))
 PublishedGlintRU, padded_prefix_batches = published["PublishedGlintRU"], published["padded_prefix_batches"]
@@ -20,27 +22,6 @@ def make_model(num_items=11, width=16, num_heads=4):
             if not name.startswith("item_embedding"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
-
-
-def linear(layer, x):
-    return layer.weight @ x + layer.bias
-
-
-def elu(x):
-    return torch.where(x > 0, x, x.exp() - 1)
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def silu(x):
-    return x / (1 + (-x).exp())
-
-
-def layer_norm(layer, x):
-    centred = x - x.mean()
-    return centred / (centred.square().mean() + 1e-12).sqrt() * layer.weight + layer.bias
 
 
 def conv(layer, xs):

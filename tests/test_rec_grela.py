@@ -27,12 +27,7 @@ def reference(encoder, x):
     """One sequence ``[N, D]``, position by position, straight from the equations."""
     width, count, h = x.size(1), len(x), encoder.num_heads
     d = width // h
-    xs = [
-        layer_norm(encoder.embedding_norm, e, encoder.embedding_norm.eps)
-        if isinstance(encoder.embedding_norm, nn.LayerNorm)
-        else e
-        for e in x
-    ]
+    xs = [layer_norm(encoder.embedding_norm, e) if isinstance(encoder.embedding_norm, nn.LayerNorm) else e for e in x]
 
     def rope(vector, n):
         turned = []
@@ -45,7 +40,7 @@ def reference(encoder, x):
     for block in encoder.blocks:
         qs, ks, q_rotary, k_rotary, vs, out = [], [], [], [], [], []
         for n, x_n in enumerate(xs):
-            t = linear(block.dense_in, layer_norm(block.norm, x_n, block.norm.eps))
+            t = linear(block.dense_in, layer_norm(block.norm, x_n))
             q, k = (elu(linear(block.attention.query_key, t)) + 1).chunk(2)
             qs.append(q)
             ks.append(k)
@@ -65,12 +60,10 @@ def reference(encoder, x):
             for j in range(taps):
                 if n - j >= 0:
                     conv = conv + block.attention.conv.weight[:, 0, taps - 1 - j] * vs[n - j]
-            gate = silu(linear(block.gate, layer_norm(block.norm, x_n, block.norm.eps)))
+            gate = silu(linear(block.gate, layer_norm(block.norm, x_n)))
             o = linear(block.dense_out, (torch.cat(a) + silu(conv)) * gate)
             z = x_n + o if block.attention_residual else o
-            out.append(
-                z + linear(block.mlp.down, gelu(linear(block.mlp.up, layer_norm(block.mlp_norm, z, block.mlp_norm.eps))))
-            )
+            out.append(z + linear(block.mlp.down, gelu(linear(block.mlp.up, layer_norm(block.mlp_norm, z)))))
         xs = out
     return torch.stack(xs)
 

@@ -23,7 +23,7 @@ def reference(encoder, x):
     for block in encoder.blocks:
         heads = block.attention.num_heads
         d = width // heads
-        projected = [linear(block.attention.query_key_value, layer_norm(block.norm, x_n, 1e-8)).chunk(3) for x_n in xs]
+        projected = [linear(block.attention.query_key_value, layer_norm(block.norm, x_n)).chunk(3) for x_n in xs]
         out = []
         for n, x_n in enumerate(xs):
             attended = []
@@ -33,10 +33,10 @@ def reference(encoder, x):
                 weights = torch.stack(scores).exp()
                 attended.append(sum(w * v[part] for w, (_, _, v) in zip(weights / weights.sum(), projected)))
             z = x_n + linear(block.attention.out, torch.cat(attended))
-            inner = linear(block.up, layer_norm(block.mlp_norm, z, 1e-8))
+            inner = linear(block.up, layer_norm(block.mlp_norm, z))
             out.append(z + linear(block.down, torch.where(inner > 0, inner, 0)))
         xs = out
-    return torch.stack([layer_norm(encoder.norm, x_n, 1e-8) for x_n in xs])
+    return torch.stack([layer_norm(encoder.norm, x_n) for x_n in xs])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
