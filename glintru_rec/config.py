@@ -34,21 +34,12 @@ def compose(program: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
     Raises:
         InputError: an unknown key, group or option, a value of the wrong type or out of range, a missing value.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if not (CONFIG_DIR / f"{program}.yaml").is_file():
-        raise InputError(f"no {program}.yaml in {CONFIG_DIR}: run from a checkout, where configs/ lies beside glintru_rec/")
-    ConfigStore.instance().store(name=f"{program}_schema", node=schema)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = hydra_compose(program, overrides=list(overrides))
+        config = _compose(program, schema, overrides)
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise InputError(f"missing value: give {' '.join(f'{key}=…' for key in sorted(missing))}")
@@ -57,6 +48,30 @@ def compose(program: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
         raise InputError(_first_lines(error)) from error
     assert isinstance(result, schema)
     return result
+
+
+def describe_defaults(program: str, schema: type[Any]) -> str:
+    """Write all keys with their defaults as YAML (``???`` has none), and what the groups offer."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(_compose(program, schema, []))
+    groups = [folder for folder in sorted(CONFIG_DIR.iterdir()) if folder.is_dir()] if program == "train" else []
+    offered = [f"{group.name}={'|'.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    return "\n".join([text, *offered])
+
+
+def _compose(program: str, schema: type[Any], overrides: Sequence[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
+    if not (CONFIG_DIR / f"{program}.yaml").is_file():
+        raise InputError(f"no {program}.yaml in {CONFIG_DIR}: run from a checkout, where configs/ lies beside glintru_rec/")
+    ConfigStore.instance().store(name=f"{program}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra_compose(program, overrides=list(overrides))
 
 
 def to_yaml(config: Any) -> str:
@@ -88,8 +103,16 @@ def from_yaml(path: Path, schema: type[Schema]) -> Schema:
 def _first_lines(error: BaseException) -> str:
     """Give the telling part of a hydra or omegaconf message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("reference_type", "object_type", "Set the environment"))]
+    noise = (
+        "reference_type",
+        "object_type",
+        "Set the environment",
+        "To append to your config",
+        "Config search path",
+        "provider=",
+    )
+    lines = [line for line in lines if not line.startswith(noise)]
     cause = error.__cause__
     if cause is not None and str(cause) not in str(error):
         lines += [line.strip() for line in str(cause).splitlines()[:1]]
-    return " ".join(lines[:6])
+    return " ".join(lines[:20])

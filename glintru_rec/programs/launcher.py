@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from glintru_rec.config import compose, to_yaml
+from glintru_rec.config import compose, describe_defaults, to_yaml
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_text
 
@@ -25,6 +25,8 @@ def app(program: str, overrides: Sequence[str], nproc: int = 1, max_restarts: in
     """
     from torchx import specs
 
+    if nproc < 1 or max_restarts < 0:
+        raise ValueError(f"nproc is {nproc} and max_restarts is {max_restarts}; at least 1 and at least 0 are needed")
     command = ["-m", f"launch.{program}", *overrides]
     if nproc > 1 or max_restarts > 0:
         elastic = ["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
@@ -59,14 +61,14 @@ def run(program: str, schema: type[Schema], main: Callable[[Schema], None]) -> N
 
 def help_text(program: str, schema: type[Any]) -> str:
     """Say what a program takes: its keys, what they mean, their defaults."""
-    parts = [f"usage: torchx run launch/{program}.py [--nproc N] [key=value ...]\n"]
+    parts = [f"usage: torchx run launch/{program}.py [key=value ...]     (before the keys, the flags of its --help)\n"]
     pending: list[tuple[str, type[Any]]] = [("", schema)]
     for prefix, config in pending:
         parts.append(f"{prefix or 'top level'}: {inspect.cleandoc(config.__doc__ or '')}\n")
         for name, kind in inspect.get_annotations(config).items():
             if inspect.isclass(kind) and hasattr(kind, "__dataclass_fields__"):
                 pending.append((f"{prefix}{name}.", kind))
-    return "\n".join(parts)
+    return "\n".join([*parts, "defaults:\n", describe_defaults(program, schema)])
 
 
 def write_config(config: Any, path: Any) -> None:

@@ -78,6 +78,8 @@ class Trainer:
         if state.batching != self.state.batching:
             # Other batches, or ranks, or data: start the epoch under way anew rather than skip or repeat parts of it.
             state.step_in_epoch, state.batching = 0, self.state.batching
+            if self.rank == 0:
+                print("batches, ranks or data are other ones than before: the epoch under way starts anew", flush=True)
         load_checkpoint(checkpoints[-1], self.model, self.optimizer)
         self.state = state
         if self.rank == 0:
@@ -87,8 +89,8 @@ class Trainer:
         """Train until the last epoch, the last step, or until validation stops improving."""
         trainer = self.config.trainer
         self.log = RunLog(self.run_dir, self.state.step) if self.rank == 0 else None
-        steps_per_epoch = self.batches.num_steps(self.state.epoch)
-        total = trainer.max_epochs * steps_per_epoch
+        ahead = (trainer.max_epochs - self.state.epoch) * self.batches.num_steps(self.state.epoch) - self.state.step_in_epoch
+        total = self.state.step + ahead
         self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
         while not self._is_over():
             self.train_epoch()
@@ -101,6 +103,8 @@ class Trainer:
         if self.state.validated_step != self.state.step:
             self.validate()
             self.save()
+        if self.rank == 0 and self._stalled():
+            print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
         if self.log is not None:
             self.log.close()
             summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
@@ -192,9 +196,10 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
-        patience = self.config.trainer.patience
-        stalled = 0 < patience <= self.state.validations_since_best
-        return stalled or self._out_of_steps() or self.state.epoch >= self.config.trainer.max_epochs
+        return self._stalled() or self._out_of_steps() or self.state.epoch >= self.config.trainer.max_epochs
+
+    def _stalled(self) -> bool:
+        return 0 < self.config.trainer.patience <= self.state.validations_since_best
 
     def _out_of_steps(self) -> bool:
         return 0 < self.config.trainer.max_steps <= self.state.step
