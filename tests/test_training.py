@@ -62,10 +62,13 @@ def test_run_directory(run_dir):
     assert read_state(best_checkpoint(run_dir)).step == best["step"]
 
 
-@pytest.mark.parametrize("table", ["row_wise", "replicated"])
-def test_resume_equals_uninterrupted(dataset_dir, tmp_path, table):
+AVERAGED = ["table=replicated", "optimizer.ema_decay=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=3"]
+
+
+@pytest.mark.parametrize("overrides", [["table=row_wise", "optimizer.schedule=linear"], ["table=replicated"], AVERAGED])
+def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
     """20 steps whole = 10 and more, killed with -9, and the rest: losses to the bit, weights too."""
-    arguments = [f"data.path={dataset_dir}", f"table={table}", *TWENTY_STEPS]
+    arguments = [f"data.path={dataset_dir}", *overrides, *TWENTY_STEPS]
     run_program("train", *arguments, f"output={tmp_path / 'whole'}")
     command = [sys.executable, "-m", "launch.train", *arguments, f"output={tmp_path / 'killed'}"]
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL) as process:
@@ -258,6 +261,9 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
         (["table.weight_decay=0.1"], "ignores it"),
         (["trainer.batch_targets=16"], "trainer.batch_targets is 16"),
+        (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),
+        (["optimizer.ema_decay=0.9"], "optimizer.ema_decay=0.9 needs table.sharding=replicated"),
+        (["optimizer.schedule=step"], "optimizer.schedule is 'step'; it must be one of constant, linear, cosine"),
         ([], "missing value: give data.path=… output=…"),
     ],
 )
@@ -302,6 +308,14 @@ def test_resume_with_another_model_is_refused(dataset_dir, run_dir, tmp_path):
     assert result.returncode == 2
     assert "was written by another model" in result.stderr
     assert (tmp_path / "run/config.yaml").read_text() == (run_dir / "config.yaml").read_text()
+
+
+def test_resume_without_the_average_is_refused(dataset_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.resume=true"]
+    result = run_program("train", *arguments, "model.options.dropout=0.1", *AVERAGED, check=False)
+    assert result.returncode == 2
+    assert "was written without an average of the weights" in result.stderr
 
 
 def test_no_dataset(tmp_path):

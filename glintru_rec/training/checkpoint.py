@@ -10,6 +10,7 @@ whole; what a killed run left half-written is named ``.partial-…`` and removed
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.files import publish, write_json
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import materialize_state
+from glintru_rec.training.averaging import WeightAverage
 
 
 @dataclass
@@ -40,6 +42,7 @@ class RunState:
         best_value: its NDCG@10.
         validations_since_best: for early stopping.
         validated_step: step of the last validation; -1 before the first.
+        averaged: whether the checkpoint's model is an average of weights; those that training goes on with lie beside it.
     """
 
     model_fingerprint: str
@@ -52,10 +55,16 @@ class RunState:
     best_value: float = 0.0
     validations_since_best: int = 0
     validated_step: int = -1
+    averaged: bool = False
 
 
 def save_checkpoint(
-    run_dir: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, state: RunState, keep_last: int
+    run_dir: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    average: WeightAverage | None,
+    state: RunState,
+    keep_last: int,
 ) -> Path:
     """Write a checkpoint on all ranks, publish it, and drop those no longer kept.
 
@@ -63,6 +72,7 @@ def save_checkpoint(
         run_dir: the run directory.
         model: its shards are written by the ranks that hold them.
         optimizer: the table's and the dense parameters'.
+        average: of the model's weights; saved as the model, with the weights themselves beside it.
         state: written beside the tensors; its ``best_step`` is always kept.
         keep_last: number of newest checkpoints to keep.
     """
@@ -76,7 +86,9 @@ def save_checkpoint(
     dist.barrier()
     is_new = not target.exists()  # the tensors of a step are written once; what is said of them may change
     if is_new:
-        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
+        with average.in_place() if average else nullcontext() as weights:
+            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training_weights": weights or []}
+            dcp.save(tensors, checkpoint_id=partial)
     dist.barrier()
     if dist.get_rank() == 0:
         write_json((partial if is_new else target) / "progress.json", asdict(state))
@@ -90,20 +102,29 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(checkpoint: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer | None) -> None:
-    """Fill model and optimizer, on all ranks, from a checkpoint.
+def load_checkpoint(
+    checkpoint: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer | None = None,
+    average: WeightAverage | None = None,
+) -> None:
+    """Fill a model on all ranks from a checkpoint; to go on with training, the optimizer and the average too.
 
     Raises:
         InputError: it cannot be read, or holds tensors of other names or shapes.
     """
-    tensors = {"model": model.state_dict()}
+    tensors: dict = {"model": model.state_dict()}
     if optimizer is not None:
         materialize_state(optimizer)
         tensors["optimizer"] = optimizer.state_dict()
+    if average is not None:
+        tensors["training_weights"] = average.average
     _load(tensors, checkpoint)
     model.load_state_dict(tensors["model"])
     if optimizer is not None:
         optimizer.load_state_dict(tensors["optimizer"])
+    if average is not None:
+        average.swap()
 
 
 def load_plain(checkpoint: Path, model: SequenceModel) -> None:

@@ -81,19 +81,27 @@ class OptimizerConfig:
         learning_rate: of the dense parameters.
         weight_decay: of the dense parameters.
         warmup_steps: steps over which all learning rates, the table's too, rise from 0.
+        schedule: what they do then: ``constant``, or fall to 0 along a ``linear`` or ``cosine`` line, which ends with
+            ``trainer.max_epochs`` (or ``trainer.max_steps``).
         max_grad_norm: the dense gradients are scaled down to this norm; 0 leaves them.
+        ema_decay: validate, save and use an exponential moving average of the weights, over about 1 / (1 - decay) steps;
+            0: the weights themselves. Needs ``table.sharding=replicated``.
     """
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    schedule: str = "constant"
     max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self):
         check("optimizer.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "greater than 0 and finite")
         check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         check("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "at least 0 (0: off)")
+        check("optimizer.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 (off) and less than 1")
+        one_of("optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
 
 
 @dataclass
@@ -159,6 +167,11 @@ class TrainConfig:
             raise InputError(
                 f"trainer.batch_targets is {self.trainer.batch_targets}, less than data.max_seq_len "
                 f"{self.data.max_seq_len}: the targets of one history must fit into a batch"
+            )
+        if self.optimizer.ema_decay > 0 and self.table.sharding != "replicated":
+            raise InputError(
+                f"optimizer.ema_decay={self.optimizer.ema_decay} needs table.sharding=replicated: averaging a "
+                f"{self.table.sharding} table would touch all of its rows at every step"
             )
 
     def model_fingerprint(self) -> str:

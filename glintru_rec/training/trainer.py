@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer
+from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import build_distributed, check_vocabulary
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
@@ -47,6 +49,7 @@ class Trainer:
             lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay),
         )
         self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
         items, offsets = dataset.train_sequences()
         self.batches = TrainingBatches(
             items,
@@ -58,8 +61,9 @@ class Trainer:
             self.world_size,
             every_position=self.model.module.encoder.causal,
         )
-        vocabulary_sha256 = dataset.manifest["vocabulary_sha256"]
-        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, self.batches.fingerprint())
+        vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
+        averaged = self.average is not None
+        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, targets
         self.recorded = time.monotonic()
         self.protocol = Protocol(split="valid")
@@ -75,12 +79,17 @@ class Trainer:
                 f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
             )
         check_vocabulary(self.dataset, state, self.run_dir)
+        if state.averaged != self.state.averaged:
+            raise InputError(
+                f"{checkpoints[-1]} was written {'with' if state.averaged else 'without'} an average of the weights "
+                f"(optimizer.ema_decay): resume likewise, or choose another output"
+            )
         if state.batching != self.state.batching:
             # Other batches, or ranks, or data: start the epoch under way anew rather than skip or repeat parts of it.
             state.step_in_epoch, state.batching = 0, self.state.batching
             if self.rank == 0:
                 print("batches, ranks or data are other ones than before: the epoch under way starts anew", flush=True)
-        load_checkpoint(checkpoints[-1], self.model, self.optimizer)
+        load_checkpoint(checkpoints[-1], self.model, self.optimizer, self.average)
         self.state = state
         if self.rank == 0:
             print(f"resumed from {checkpoints[-1]} (step {state.step}, epoch {state.epoch + 1})", flush=True)
@@ -116,6 +125,7 @@ class Trainer:
         trainer, state = self.config.trainer, self.state
         self.model.train()
         self.recorded = time.monotonic()
+        self.steps_of_epoch = self.batches.num_steps(state.epoch)
         for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
             self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
             state.step += 1
@@ -146,6 +156,8 @@ class Trainer:
             dense = [parameter for parameter in self.model.module.parameters() if parameter.grad is not None]
             torch.nn.utils.clip_grad_norm_(dense, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.state.step)
         return torch.stack([losses.detach().sum().double(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
 
     def _losses(self, batch: Batch) -> Tensor:
@@ -174,9 +186,10 @@ class Trainer:
             progress.update(done)
 
         seconds = time.monotonic()
-        metrics = evaluate(
-            self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
-        )
+        with self.average.in_place() if self.average else nullcontext():
+            metrics = evaluate(
+                self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
+            )
         seconds = time.monotonic() - seconds
         if metrics["ndcg@10"] > state.best_value or state.best_step < 0:
             state.best_step, state.best_value, state.validations_since_best = state.step, metrics["ndcg@10"], 0
@@ -192,7 +205,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, unless the loss has gone bad."""
         self._record()
-        save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.trainer.keep_last)
+        save_checkpoint(self.run_dir, self.model, self.optimizer, self.average, self.state, self.config.trainer.keep_last)
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
@@ -205,9 +218,12 @@ class Trainer:
         return 0 < self.config.trainer.max_steps <= self.state.step
 
     def _set_learning_rate(self) -> None:
-        """Raise all learning rates over the warm-up; the fused table reads its own at the next ``zero_grad``."""
-        warmup = self.config.optimizer.warmup_steps
-        scale = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
+        """Raise all learning rates, then lower them as scheduled; the fused table reads its own at the next ``zero_grad``."""
+        state, trainer, optimizer = self.state, self.config.trainer, self.config.optimizer
+        done = (state.epoch + state.step_in_epoch / self.steps_of_epoch) / trainer.max_epochs
+        if trainer.max_steps:
+            done = max(done, state.step / trainer.max_steps)
+        scale = learning_rate_scale(optimizer.schedule, done, state.step, optimizer.warmup_steps)
         for group, base in zip(self.optimizer.param_groups, self.base_learning_rates):
             group["lr"] = base * scale
 
@@ -233,3 +249,16 @@ class Trainer:
         if self.log is not None:
             self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate)
         self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
+
+
+def learning_rate_scale(schedule: str, done: float, step: int, warmup_steps: int) -> float:
+    """Give the factor of all learning rates: a linear rise over the first steps, times the schedule.
+
+    Args:
+        schedule: ``constant``, ``linear`` or ``cosine``.
+        done: share of the training that lies behind, from 0 to 1.
+        step: steps that lie behind.
+        warmup_steps: 0 for none.
+    """
+    rising = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return rising * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
