@@ -195,6 +195,20 @@ def test_full_gradcheck():
     assert torch.autograd.gradcheck(lambda query, items: full_softmax(query, items, target_ids, 0.7), inputs)
 
 
+def test_full_in_bf16():
+    """Within bfloat16's rounding of the factors (2^-9 relative each) of the exact loss, and precision is put back."""
+    torch.manual_seed(0)
+    query, items = torch.randn(300, 16, requires_grad=True), torch.randn(5000, 16, requires_grad=True)
+    target_ids = torch.randint(5000, (300,))
+    exact = full_softmax(query, items, target_ids)
+    rounded = full_softmax(query, items, target_ids, precision="bf16")
+    assert_close(rounded, exact, rtol=0, atol=2**-8 * 16)
+    ours, theirs = (torch.autograd.grad(loss.sum(), [query, items]) for loss in (rounded, exact))
+    for own, true in zip(ours, theirs):
+        assert (own - true).norm() < 0.02 * true.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
 def test_full_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(softmax, "ROWS", 4)
     monkeypatch.setattr(softmax, "COLUMNS", 8)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.encoders.glint_ru_block import DenseSelectiveGRU, GlintRUBlock, GlintRUState
 from glintru_rec.errors import InputError
+from glintru_rec.ops.dropout import Dropout
 
 
 class GlintRU(Encoder):
@@ -73,7 +74,7 @@ class GlintRU(Encoder):
         self.recurrent = causal
         self.num_heads = num_heads
         self.kernel_size = kernel_size
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             GlintRUBlock(

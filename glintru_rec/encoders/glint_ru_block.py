@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from glintru_rec.jagged import last_items
 from glintru_rec.ops.conv import ragged_conv1d
+from glintru_rec.ops.dropout import Dropout
 from glintru_rec.ops.gru import gru_step, ragged_gru
 from glintru_rec.ops.linear_attention import continue_attention, linear_attention
 
@@ -48,7 +49,7 @@ class LinearAttentionExpert(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class DenseSelectiveGRU(nn.Module):
         self.channel_crossing = nn.Linear(width, width)
         self.gate_down = nn.Linear(width, width // 2)
         self.gate_up = nn.Linear(width // 2, width)
-        self.gate_dropout = nn.Dropout(gate_dropout)
+        self.gate_dropout = Dropout(gate_dropout)
         self.conv_out = nn.Conv1d(width, width, kernel_size)
 
     def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class GatedMLP(nn.Module):
         self.up = nn.Linear(width, width)
         self.gate = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
@@ -172,7 +173,7 @@ class GlintRUBlock(nn.Module):
         self.expert_weights = nn.Parameter(torch.full((2,), 0.5))
         self.mix_gate = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, width)
-        self.mix_dropout = nn.Dropout(mix_dropout)
+        self.mix_dropout = Dropout(mix_dropout)
         self.mix_norm = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = GatedMLP(width, mlp_dropout) if gated_mlp else None
         self.mlp_norm = None

@@ -19,6 +19,7 @@ from torch.nn import functional
 from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.errors import InputError
 from glintru_rec.ops.diagonal_scan import diagonal_scan, diagonal_step
+from glintru_rec.ops.dropout import Dropout
 
 
 class LRURecState(NamedTuple):
@@ -93,11 +94,11 @@ class LRURecBlock(nn.Module):
     ):
         super().__init__()
         self.recurrence = DiagonalRecurrence(width, state_width, min_radius, max_radius)
-        self.recurrent_dropout = nn.Dropout(recurrent_dropout)
+        self.recurrent_dropout = Dropout(recurrent_dropout)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class LRURec(Encoder):
         self.causal = True
         self.recurrent = True
         self.state_width = state_width
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         recurrent_dropout = dropout if recurrent_dropout is None else recurrent_dropout
         self.blocks = nn.ModuleList(

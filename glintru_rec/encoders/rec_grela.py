@@ -14,6 +14,7 @@ from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.encoders.rec_grela_block import RecGRELABlock, RecGRELAState, rotation
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import positions
+from glintru_rec.ops.dropout import Dropout
 
 
 class RecGRELA(Encoder):
@@ -72,7 +73,7 @@ class RecGRELA(Encoder):
         self.kernel_size = kernel_size
         # A packed state holds the position as two digits that float32 has exactly: up to 2**48 items.
         self.position_digit = 1 << 24
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             RecGRELABlock(width, num_heads, kernel_size, causal, attention_residual, dropout, drop_path, norm_eps)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glintru_rec.jagged import last_items, lengths_from_offsets, positions, sequence_index
+from glintru_rec.ops.dropout import Dropout
 from glintru_rec.ops.linear_attention import continue_attention
 from glintru_rec.ops.normalized_attention import normalized_attention, running_sum
 
@@ -111,7 +112,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""

@@ -16,6 +16,7 @@ from torch.nn import functional
 from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import lengths_from_offsets, offsets_from_lengths, positions, sequence_index
+from glintru_rec.ops.dropout import Dropout
 from glintru_rec.ops.rows import gather_rows, scatter_rows
 
 
@@ -122,7 +123,7 @@ class SASRecBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, groups: list[PaddedGroup], places: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
@@ -182,7 +183,7 @@ class SASRec(Encoder):
         self.causal = True
         self.max_seq_len = max_seq_len
         self.positions = nn.Embedding(max_seq_len, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         self.blocks = nn.ModuleList(
             SASRecBlock(width, num_heads, mlp_width, dropout, attention_dropout, norm_eps) for _ in range(num_blocks)

@@ -3,11 +3,16 @@
 Shapes: T targets, K negatives, V catalog, D width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-# Logits held at one time by the exact softmax: ROWS x COLUMNS floats, whatever T and V are.
-ROWS, COLUMNS = 1024, 16384
+# Logits held at one time by the exact softmax: ROWS x COLUMNS floats, whatever T and V are. A block of few rows is read
+# again while a CPU's cache still holds it.
+ROWS, COLUMNS = 256, 16384
+PRECISIONS = ("fp32", "bf16")
 
 
 def sampled_softmax(
@@ -52,7 +57,7 @@ def sampled_softmax(
     return torch.logsumexp(scores, dim=1) - positive_score.squeeze(1)
 
 
-def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: float = 1.0, precision: str = "fp32") -> Tensor:
     """Softmax cross-entropy over the whole catalog, block by block: the ``[T, V]`` logits never exist at once.
 
     Args:
@@ -60,43 +65,64 @@ def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: 
         items: embedding of every item, ``[V, D]``.
         target_ids: rows of ``items``, int64 ``[T]``.
         temperature: divides the scores.
+        precision: ``bf16`` rounds the factors of the logits' products, and of their gradients', to bfloat16 and sums in
+            fp32, on CPUs that can (AMX, AVX512_BF16); the targets' own scores and all else stay fp32.
 
     Returns:
         One loss per target, ``[T]``.
     """
-    return _FullSoftmax.apply(query / temperature, items, target_ids)
+    return _FullSoftmax.apply(query / temperature, items, target_ids, precision)
 
 
 class _FullSoftmax(torch.autograd.Function):
     """loss_t = logsumexp_v(q_t · e_v) - q_t · e_target; logits are computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, items: Tensor, target_ids: Tensor):
+    def forward(ctx, query: Tensor, items: Tensor, target_ids: Tensor, precision: str):
         log_sum = query.new_full((query.size(0),), -torch.inf)
-        for rows, columns in _blocks(query, items):
-            log_sum[rows] = torch.logaddexp(log_sum[rows], torch.logsumexp(query[rows] @ items[columns].t(), dim=1))
+        with _cpu_matmuls(precision):
+            for rows, _, logits in _blocks(query, items):
+                torch.logaddexp(log_sum[rows], torch.logsumexp(logits, dim=1), out=log_sum[rows])
         ctx.save_for_backward(query, items, target_ids, log_sum)
+        ctx.precision = precision
         return log_sum - (query * items[target_ids]).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
         query, items, target_ids, log_sum = ctx.saved_tensors
-        grad = grads[0]
-        weighted = grad.unsqueeze(1)
-        grad_query = -weighted * items[target_ids]
+        weight = grads[0].unsqueeze(1)
+        grad_query = -weight * items[target_ids]
         grad_items = torch.zeros_like(items)
-        for rows, columns in _blocks(query, items):
-            softmax = torch.addmm(-log_sum[rows].unsqueeze(1), query[rows], items[columns].t()).exp_()
-            softmax.mul_(weighted[rows])
-            grad_query[rows].addmm_(softmax, items[columns])
-            grad_items[columns].addmm_(softmax.t(), query[rows])
-        grad_items.index_add_(0, target_ids, -weighted * query)
-        return grad_query, grad_items, None
+        with _cpu_matmuls(ctx.precision):
+            for rows, columns, logits in _blocks(query, items):
+                softmax = logits.sub_(log_sum[rows].unsqueeze(1)).exp_().mul_(weight[rows])
+                grad_query[rows].addmm_(softmax, items[columns])
+                grad_items[columns].addmm_(softmax.t(), query[rows])
+        grad_items.index_add_(0, target_ids, -weight * query)
+        return grad_query, grad_items, None, None
 
 
-def _blocks(query: Tensor, items: Tensor):
-    """Yield slices of the targets and of the catalog that together cover all logits."""
-    for row in range(0, query.size(0), ROWS):
-        for column in range(0, items.size(0), COLUMNS):
-            yield slice(row, row + ROWS), slice(column, column + COLUMNS)
+def _blocks(query: Tensor, items: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield slices of the targets and of the catalog that together cover all logits, and these; one buffer serves all."""
+    num_targets, num_items = query.size(0), items.size(0)
+    buffer = query.new_empty(min(ROWS, num_targets) * min(COLUMNS, num_items))
+    for row in range(0, num_targets, ROWS):
+        for column in range(0, num_items, COLUMNS):
+            rows, columns = slice(row, row + ROWS), slice(column, column + COLUMNS)
+            few, block = query[rows], items[columns]
+            logits = buffer[: few.size(0) * block.size(0)].view(few.size(0), block.size(0))
+            yield rows, columns, torch.mm(few, block.t(), out=logits)
+
+
+@contextmanager
+def _cpu_matmuls(precision: str) -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices in ``precision`` for a while."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if precision == "bf16":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

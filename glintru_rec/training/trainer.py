@@ -170,7 +170,7 @@ class Trainer:
             negative_ids = uniform_negatives(self.num_items, loss.num_negatives).to(self.device)
         output = self.model(batch.item_ids, batch.offsets, negative_ids)
         if whole_catalog:
-            return full_softmax(output.query, output.negatives, output.target_ids, loss.temperature)
+            return full_softmax(output.query, output.negatives, output.target_ids, loss.temperature, loss.precision)
         log_q = uniform_log_q(self.num_items, loss.num_negatives) if loss.logq_correction else None
         return sampled_softmax(
             output.query, output.positive, output.negatives, output.target_ids, negative_ids, log_q, loss.temperature
