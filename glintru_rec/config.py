@@ -55,8 +55,9 @@ def describe_defaults(program: str, schema: type[Any]) -> str:
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(_compose(program, schema, []))
-    groups = [folder for folder in sorted(CONFIG_DIR.iterdir()) if folder.is_dir()] if program == "train" else []
-    offered = [f"{group.name}={'|'.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    defaults = OmegaConf.load(CONFIG_DIR / f"{program}.yaml").defaults  # configs/ also holds lists that are no groups
+    groups = sorted(group for default in defaults if not isinstance(default, str) for group in default)
+    offered = [f"{group}={'|'.join(sorted(file.stem for file in (CONFIG_DIR / group).glob('*.yaml')))}" for group in groups]
     return "\n".join([text, *offered])
 
 

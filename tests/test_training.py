@@ -58,7 +58,12 @@ def test_run_directory(run_dir):
     valid = records(run_dir, "valid")
     assert valid[-1]["ndcg@10"] > 0.3  # the law is easy: chance is about 0.08
     best = max(valid, key=lambda record: record["ndcg@10"])
-    assert json.loads((run_dir / "finished.json").read_text())["best_step"] == best["step"]
+    finished = json.loads((run_dir / "finished.json").read_text())
+    assert (finished["best_step"], finished["best_epoch"]) == (best["step"], best["epoch"])
+    assert finished["num_parameters"]["table"] == 60 * 16
+    assert finished["num_parameters"]["encoder"] == sum(
+        weight.numel() for name, weight in weights(run_dir).items() if name.startswith("encoder.")
+    )
     assert read_state(best_checkpoint(run_dir)).step == best["step"]
 
 
@@ -85,6 +90,15 @@ def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
     assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 21))
     ours, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    # finished.json speaks of all parts of the run: each step's time and targets once.
+    killed, undisturbed = (json.loads((tmp_path / name / "finished.json").read_text()) for name in ("killed", "whole"))
+    steps = records(tmp_path / "killed")
+    assert [step["num_targets"] for step in steps] == [step["num_targets"] for step in records(tmp_path / "whole")]
+    assert killed["train_seconds"] == sum(step["seconds"] for step in steps)
+    assert killed["targets_per_second"] == sum(step["num_targets"] for step in steps) / killed["train_seconds"]
+    same = ("steps", "epochs", "best_step", "best_epoch", "valid_ndcg@10", "num_parameters")
+    assert {name: killed[name] for name in same} == {name: undisturbed[name] for name in same}
+    assert killed["peak_memory_bytes"] > 10**8
 
 
 def test_killed_rank_restarts_all(dataset_dir, tmp_path):

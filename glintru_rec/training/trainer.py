@@ -24,6 +24,7 @@ from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_che
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
 from glintru_rec.training.run_log import RunLog
+from glintru_rec.training.summary import count_parameters, peak_memory, summarize_records
 
 
 class Trainer:
@@ -116,9 +117,20 @@ class Trainer:
             print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
         if self.log is not None:
             self.log.close()
-            summary = {"steps": self.state.step, "epochs": self.state.epoch, "best_step": self.state.best_step}
-            write_json(self.run_dir / "finished.json", {**summary, "valid_ndcg@10": self.state.best_value})
+            write_json(self.run_dir / "finished.json", self._summary())
         return self.state
+
+    def _summary(self) -> dict:
+        """Say how the run went, all its parts together."""
+        state = self.state
+        return {
+            "steps": state.step,
+            "epochs": state.epoch,
+            "best_step": state.best_step,
+            "valid_ndcg@10": state.best_value,
+            **summarize_records(self.run_dir / "metrics.jsonl", state.best_step),
+            "num_parameters": count_parameters(self.model.module, self.num_items, self.config.model.embedding_dim),
+        }
 
     def train_epoch(self) -> None:
         """Train on what is left of the epoch under way."""
@@ -197,7 +209,7 @@ class Trainer:
             state.validations_since_best += 1
         state.validated_step = state.step
         if self.log is not None:
-            self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds)
+            self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds, **peak_memory(self.device))
             best = "  best so far" if state.best_step == state.step else ""
             figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr@10"))
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
@@ -206,6 +218,7 @@ class Trainer:
         """Write a checkpoint, unless the loss has gone bad."""
         self._record()
         save_checkpoint(self.run_dir, self.model, self.optimizer, self.average, self.state, self.config.trainer.keep_last)
+        self.recorded = time.monotonic()  # writing a checkpoint is no training
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
@@ -247,7 +260,8 @@ class Trainer:
             )
         loss, rate = total / count, count / seconds
         if self.log is not None:
-            self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate)
+            spent = {"seconds": seconds, "num_targets": int(count)}
+            self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate, **spent)
         self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
 
 

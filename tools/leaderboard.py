@@ -1,0 +1,408 @@
+"""Train and evaluate a list of models over seeds with the project's own programs, and write the table.
+
+python tools/leaderboard.py LIST data.path=DATASET output=DIR [seeds=0,1,2] [jobs=1] [key=value ...] [--table-only]
+
+LIST is a file such as configs/leaderboard/beauty.yaml: entries are hydra overrides of launch/train.py. Further key=value
+go to every training. Each (entry, seed) trains into DIR/runs/ENTRY/seed-N/run, is evaluated once on test with the
+checkpoint that was best on valid, and writes result.json there. Called again, the same command skips what has a
+result, goes on with what was killed, and tries again what failed; a run that was made with another config is refused.
+Writes DIR/leaderboard.md, .json (with every run) and .svg. Exit status: 0; 1 where a training or evaluation failed; 2
+for bad input. With other numbers of threads (jobs=N divides them) figures may differ in their last digits.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from leaderboard_table import build_row, draw, drawn_rows, to_markdown
+from omegaconf import MISSING
+
+import glintru_rec
+from glintru_rec.config import check, compose, from_yaml
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.errors import InputError
+from glintru_rec.files import write_json, write_text
+from glintru_rec.progress import format_seconds
+from glintru_rec.training.config import TrainConfig
+
+REPORT_SECONDS = 30.0
+
+
+@dataclass
+class Entry:
+    """A model to train.
+
+    Attributes:
+        name: its row, and its folder.
+        overrides: of launch/train.py.
+        group: a column of the table; entries of a group share a color in the plot.
+        note: a sentence below the table.
+    """
+
+    name: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+    group: str = ""
+    note: str = ""
+
+
+@dataclass
+class Published:
+    """Figures of others, printed beside ours.
+
+    Attributes:
+        name: of the model.
+        figures: ``hr@10`` and ``ndcg@10``.
+        source: where they stand, and what differs.
+    """
+
+    name: str = MISSING
+    figures: dict[str, float] = field(default_factory=dict)
+    source: str = MISSING
+
+
+@dataclass
+class LeaderboardList:
+    """The schema of a list file.
+
+    Attributes:
+        title: of the table.
+        seeds: of every entry, unless the command line names others.
+        entries: what is trained.
+        published: what it is compared with.
+    """
+
+    title: str = MISSING
+    seeds: list[int] = field(default_factory=lambda: [0])
+    entries: list[Entry] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
+
+
+@dataclass
+class Pair:
+    """An entry with a seed: one training, one evaluation."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+    arguments: list[str]
+    config: TrainConfig
+
+    def __str__(self) -> str:
+        return f"{self.entry.name}, seed {self.seed}"
+
+    def result(self) -> dict[str, Any] | None:
+        """Read what the pair wrote at its end, if it has ended."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+class FailedProgram(Exception):
+    """A training or evaluation ended with an error."""
+
+
+def plan(listed: LeaderboardList, seeds: list[int], common: list[str], data_path: str, output: Path) -> list[Pair]:
+    """Compose the config of every pair, so that what is wrong in the list is said before hours of training.
+
+    Returns:
+        All entries with the first seed, then all with the next: a table of a part compares entries on the same seeds.
+    """
+    folders = [re.sub(r"[^\w.]+", "-", entry.name.lower()).strip("-.") for entry in listed.entries]
+    for entry, name in zip(listed.entries, folders):
+        check("name of an entry", entry.name, bool(name) and folders.count(name) == 1, "given once, with letters or digits")
+    check("seeds", seeds, len(set(seeds)) == len(seeds) > 0, "different numbers, at least one")
+    pairs = []
+    for seed in seeds:
+        for entry, name in zip(listed.entries, folders):
+            folder = output / "runs" / name / f"seed-{seed}"
+            fixed = [f"data.path={data_path}", f"output={folder / 'run'}", f"trainer.seed={seed}", "trainer.resume=true"]
+            arguments = [*entry.overrides, *common, *fixed]
+            try:
+                pairs.append(Pair(entry, seed, folder, arguments, compose("train", TrainConfig, arguments)))
+            except InputError as error:
+                raise InputError(f"entry {entry.name!r}: {error}") from error
+    return pairs
+
+
+def check_runs(pairs: list[Pair], vocabulary_sha256: str) -> None:
+    """Raise an `InputError` if a run was made with another config than is asked for now, or its result with other data."""
+    problems = []
+    for pair in pairs:
+        config_file, result = pair.folder / "run" / "config.yaml", pair.result()
+        if config_file.is_file():
+            there, asked = _flat(from_yaml(config_file, TrainConfig)), _flat(pair.config)
+            differing = [key for key in sorted(there | asked) if there.get(key) != asked.get(key)]
+            problems += [f"{pair.folder}: {key} was {there.get(key)!r}, now {asked.get(key)!r}" for key in differing]
+        elif result is not None and result["fingerprint"] != fingerprint(pair.config):
+            problems.append(f"{pair.folder}: its figures are of another config")
+        if result is not None and result["vocabulary_sha256"] != vocabulary_sha256:
+            problems.append(f"{pair.folder}: its figures are of another dataset")
+    if problems:
+        raise InputError(
+            "runs in output are not those that are asked for; choose another output, or remove them:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def run_pairs(pairs: list[Pair], jobs: int, lock: int) -> dict[str, str]:
+    """Run what has no result yet, ``jobs`` at a time, and say how it goes.
+
+    Args:
+        pairs: in the order of their start.
+        jobs: trainings side by side; the threads are divided among them.
+        lock: file descriptor that the programs inherit.
+
+    Returns:
+        What failed: the pair's name, and why.
+    """
+    waiting = [pair for pair in pairs if pair.result() is None]
+    print(f"{len(pairs) - len(waiting)} of {len(pairs)} done before", flush=True)
+    environment = program_environment(jobs)
+    start = time.monotonic()
+    failures: dict[str, str] = {}
+    processes: dict[str, tuple[subprocess.Popen, Path]] = {}  # those that run now, with their logs
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[None], Pair] = {
+            pool.submit(run_pair, pair, jobs, environment, lock, processes): pair for pair in waiting
+        }
+        pending = set(futures)
+        try:
+            while pending:
+                ended, pending = wait(pending, REPORT_SECONDS, FIRST_COMPLETED)
+                left = f"{len(pairs) - len(pending)}/{len(pairs)}  {_times(pairs, len(pending), jobs, start)}"
+                for future in ended:
+                    pair, error = futures[future], future.exception()
+                    if error is not None and not isinstance(error, FailedProgram):
+                        raise error
+                    if error is not None:
+                        failures[str(pair)] = str(error)
+                    print(f"{left}  {pair}: {error or _figures(pair)}", flush=True)
+                for name, (_, log) in [] if ended else list(processes.items()):
+                    print(f"{left}  {name}: {_last_line(log)}", flush=True)
+        except BaseException:  # also Ctrl-C and SIGTERM: a training left behind would hold the machine for hours
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process, _ in list(processes.values()):
+                process.terminate()
+            raise
+    return failures
+
+
+def run_pair(pair: Pair, jobs: int, environment: dict[str, str], lock: int, processes: dict) -> None:
+    """Train, evaluate on test, and write ``result.json``.
+
+    Raises:
+        FailedProgram: with the program's last line and where its output is.
+    """
+    start = time.monotonic()
+    run_dir, evaluation = pair.folder / "run", pair.folder / "evaluation.json"
+    pair.folder.mkdir(parents=True, exist_ok=True)
+    if run_dir.exists() and not (run_dir / "config.yaml").is_file():
+        shutil.rmtree(run_dir)  # killed before it began: nothing to go on with
+
+    def run(program: str, *arguments: str) -> None:
+        log = pair.folder / f"{program}.log"
+        with log.open("ab") as file:
+            command = [sys.executable, "-m", f"launch.{program}", *arguments]
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=[lock]
+            )
+            processes[str(pair)] = (process, log)
+            try:
+                status = process.wait()
+            finally:
+                del processes[str(pair)]
+        if status:
+            raise FailedProgram(f"{program} failed (exit status {status}): {_last_line(log)}  [{log}]")
+
+    run("train", *pair.arguments)
+    where = [f"checkpoint={run_dir}", f"data.path={pair.config.data.path}", f"output={evaluation}"]
+    run("evaluate", *where, "split=test", f"device={pair.config.trainer.device}")
+    evaluated, versions = json.loads(evaluation.read_text()), json.loads((run_dir / "versions.json").read_text())
+    result = {
+        "entry": pair.entry.name,
+        "seed": pair.seed,
+        "arguments": pair.arguments,
+        "fingerprint": fingerprint(pair.config),
+        "metrics": evaluated["metrics"],
+        "training": json.loads((run_dir / "finished.json").read_text()),
+        "protocol": evaluated["protocol"],
+        "vocabulary_sha256": evaluated["vocabulary_sha256"],
+        "machine": {
+            **describe_machine(pair.config.trainer.device),
+            "threads": int(environment["OMP_NUM_THREADS"]),
+            "jobs": jobs,
+        },
+        "versions": versions,
+        "wall_seconds": time.monotonic() - start,
+    }
+    write_json(pair.folder / "result.json", result)
+
+
+def program_environment(jobs: int) -> dict[str, str]:
+    """Give each of ``jobs`` programs its share of the threads: of ``OMP_NUM_THREADS`` where that is set, else of the cores."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or _cores())
+    path = [str(Path(glintru_rec.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # As the TorchX jobs have it: waiting threads that spin slow other programs down.
+    spin = os.environ.get("GOMP_SPINCOUNT", "1000")
+    own = {"OMP_NUM_THREADS": str(max(1, threads // jobs)), "GOMP_SPINCOUNT": spin, "PYTHONPATH": os.pathsep.join(path)}
+    return {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Hash what a run's figures depend on, whatever folders it reads and writes."""
+    return hashlib.sha256(json.dumps(_flat(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Name the processor, the cores that may be used, and the GPU that a training with this ``trainer.device`` takes."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    gpu = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else None
+    return {"cpu": names[0] if names else os.uname().machine, "cores": _cores(), "gpu": gpu}
+
+
+def write_tables(listed: LeaderboardList, pairs: list[Pair], dataset: dict[str, Any], output: Path) -> Path:
+    """Write ``leaderboard.json``, ``.md`` and ``.svg`` from the results there are; give the markdown's path."""
+    runs = [result for pair in pairs if (result := pair.result()) is not None]
+    board = {
+        "title": listed.title,
+        "dataset": dataset,
+        "rows": [build_row(asdict(entry), [run for run in runs if run["entry"] == entry.name]) for entry in listed.entries],
+        "published": [asdict(each) for each in listed.published],
+        "missing": [str(pair) for pair in pairs if pair.result() is None],
+        "runs": runs,
+    }
+    write_json(output / "leaderboard.json", board)
+    write_text(output / "leaderboard.md", to_markdown(board))
+    try:
+        if drawn_rows(board):
+            draw(board, output / "leaderboard.svg")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error} (pip install matplotlib)", file=sys.stderr, flush=True)
+    return output / "leaderboard.md"
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[int]:
+    """Hold the output folder; programs that inherit the lock hold it too, and outlive a killed leaderboard with it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={output} cannot be made: {error}") from error
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"output={output} is in use by another leaderboard, or a training that one left behind") from error
+        yield file.fileno()
+
+
+def leaderboard(list_file: Path, overrides: list[str], table_only: bool) -> int:
+    """Do what the command line says; give the exit status."""
+    own: dict[str, str] = {}
+    common = []
+    for override in overrides:
+        key, is_pair, value = override.partition("=")
+        if key in ("data.path", "output", "seeds", "jobs") and is_pair:
+            own[key] = value
+        else:
+            common.append(override)
+    for key in ("data.path", "output"):
+        if not own.get(key):
+            raise InputError(f"missing value: give {key}=…")
+    listed = from_yaml(list_file, LeaderboardList)
+    seeds = _integers("seeds", own["seeds"]) if "seeds" in own else listed.seeds
+    jobs, output = _integers("jobs", own.get("jobs", "1")), Path(own["output"])
+    check("jobs", own.get("jobs"), len(jobs) == 1 and jobs[0] >= 1, "a number of at least 1")
+    manifest = SequenceDataset.open(own["data.path"]).manifest
+    pairs = plan(listed, seeds, common, own["data.path"], output)
+    dataset = {"path": own["data.path"], **{key: manifest[key] for key in ("num_users", "num_items", "num_events")}}
+    check_runs(pairs, manifest["vocabulary_sha256"])
+    failures = {}
+    if table_only and not output.is_dir():
+        raise InputError(f"output={output} does not exist: there is nothing to make a table of")
+    if not table_only:
+        with locked(output) as lock:
+            failures = run_pairs(pairs, jobs[0], lock)
+    table = write_tables(listed, pairs, dataset, output)
+    print(f"\n{table.read_text()}\nwritten: {table}, leaderboard.json, leaderboard.svg", flush=True)
+    for name, why in failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+def main() -> int:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", type=Path, metavar="LIST")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--table-only", action="store_true", help="write the table of the runs there are")
+    arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return leaderboard(arguments.list, arguments.overrides, arguments.table_only)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """List a config's keys as ``group.key``, without where the run reads and writes."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict):
+            yield prefix, value
+            return
+        for key, inner in value.items():
+            yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+
+    places = ("output", "data.path", "trainer.resume")
+    return {key: value for key, value in walk("", asdict(config)) if key not in places}
+
+
+def _integers(key: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{key} is {text!r}; it must be integers with commas between them") from error
+
+
+def _times(pairs: list[Pair], num_pending: int, jobs: int, start: float) -> str:
+    """Say how long it took and may take: by what a pair took so far, in this call or an earlier one."""
+    elapsed = time.monotonic() - start
+    took = [result["wall_seconds"] for pair in pairs if (result := pair.result()) is not None]
+    left = f"ETA {format_seconds(sum(took) / len(took) * num_pending / jobs)}" if took else "ETA unknown"
+    return f"elapsed {format_seconds(elapsed)}  {left}"
+
+
+def _figures(pair: Pair) -> str:
+    result = pair.result()
+    assert result is not None
+    return "  ".join(f"{name} {result['metrics'][name]:.4f}" for name in ("hr@10", "ndcg@10")) + "  (test)"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
