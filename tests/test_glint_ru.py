@@ -29,6 +29,15 @@ VARIANTS = {
     "5 taps": {"kernel_size": 5},
     "5 taps, bidirectional": {"kernel_size": 5, "causal": False},
     "one head": {"num_heads": 1},
+    "no gru": {"gru_expert": False},
+    "no gru, light, two blocks": {"gru_expert": False, "gated_mlp": False, "num_blocks": 2},
+    "no gru, bidirectional": {"gru_expert": False, "causal": False},
+    "no attention": {"attention_expert": False},
+    "no attention, bidirectional": {"attention_expert": False, "causal": False},
+    "no gate": {"selective_gate": False},
+    "no gate, 1 tap, bidirectional": {"selective_gate": False, "kernel_size": 1, "causal": False},
+    "no gate, no attention": {"selective_gate": False, "attention_expert": False},
+    "bare": {"selective_gate": False, "attention_expert": False, "gated_mlp": False, "kernel_size": 1, "num_blocks": 2},
 }
 CAUSAL = {name: options for name, options in VARIANTS.items() if options.get("causal", True)}
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -102,8 +111,8 @@ def gru_expert(expert, es, causal):
         h_r, h_z, h_n = (expert.weight_hh @ h).chunk(3)
         r, z = sigmoid(i_r + h_r), sigmoid(i_z + h_z)
         h = (1 - z) * torch.tanh(i_n + r * h_n) + z * h
-        g = linear(expert.gate_up, silu(linear(expert.gate_down, c)))
-        gated.append(g * linear(expert.channel_crossing, h))
+        phi = linear(expert.channel_crossing, h)
+        gated.append(phi if expert.gate_up is None else linear(expert.gate_up, silu(linear(expert.gate_down, c))) * phi)
     return convolution(expert.conv_out, gated, causal)
 
 
@@ -112,10 +121,16 @@ def reference(encoder, x, causal):
     norm = encoder.embedding_norm
     es = [layer_norm(norm, e) if isinstance(norm, torch.nn.LayerNorm) else e for e in x]
     for block in encoder.blocks:
-        alpha = block.expert_weights.exp() / block.expert_weights.exp().sum()
-        ys, as_, out = gru_expert(block.gru, es, causal), attention_expert(block.attention, es, causal), []
-        for e, y, a in zip(es, ys, as_):
-            m = alpha[0] * y + alpha[1] * a
+        if block.gru is None:
+            ms = attention_expert(block.attention, es, causal)
+        elif block.attention is None:
+            ms = gru_expert(block.gru, es, causal)
+        else:
+            alpha = block.expert_weights.exp() / block.expert_weights.exp().sum()
+            ys, as_ = gru_expert(block.gru, es, causal), attention_expert(block.attention, es, causal)
+            ms = [alpha[0] * y + alpha[1] * a for y, a in zip(ys, as_)]
+        out = []
+        for e, m in zip(es, ms):
             z = layer_norm(block.mix_norm, linear(block.mix_out, gelu(linear(block.mix_gate, e)) * m) + e)
             if block.mlp is not None:
                 p = gelu(linear(block.mlp.gate, z)) * linear(block.mlp.up, z)
@@ -214,9 +229,12 @@ def test_empty_and_short_sequences(options, lengths):
     assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_100_000_items_stay_finite(causal):
-    encoder, lengths = make(dtype=torch.float32, causal=causal), [100_000, 2]
+LONG = [{}, {"causal": False}, {"gru_expert": False}, {"attention_expert": False}, {"selective_gate": False}]
+
+
+@pytest.mark.parametrize("options", LONG, ids=str)
+def test_100_000_items_stay_finite(options):
+    encoder, lengths = make(dtype=torch.float32, **options), [100_000, 2]
     with torch.no_grad():
         hidden = encoder(draw(lengths, dtype=torch.float32), offsets_of(lengths))
     assert bool(hidden.isfinite().all())
@@ -299,6 +317,23 @@ def test_light_lacks_the_gated_mlp():
     assert count(GlintRU(width)) - count(GlintRU(width, share_norm=True)) == 2 * width
 
 
+def test_an_ablated_model_lacks_what_was_left_out_and_nothing_else():
+    width = 32
+    linear_layer, conv, gate = width * width + width, 3 * width * width + width, width * width + width // 2 + width
+    left_out = {
+        "gru_expert": ("gru.", "expert_weights", 2 * linear_layer + 2 * conv + 6 * width * width + gate + 2),
+        "attention_expert": ("attention.", "expert_weights", 4 * linear_layer + 2 * width + 2),
+        "selective_gate": ("gru.gate_down.", "gru.gate_up.", gate),
+    }
+    whole = dict(GlintRU(width).blocks[0].named_parameters())
+    for option, (one, other, size) in left_out.items():
+        encoder = GlintRU(width, **{option: False})
+        assert count(GlintRU(width)) - count(encoder) == size
+        rest = {name: parameter.shape for name, parameter in encoder.blocks[0].named_parameters()}
+        assert rest == {name: value.shape for name, value in whole.items() if not name.startswith((one, other))}
+    assert "gate_dropout" not in dict(GlintRU(width, selective_gate=False).blocks[0].gru.named_modules())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -307,6 +342,7 @@ def test_light_lacks_the_gated_mlp():
         ({"kernel_size": -1}, "kernel_size is -1; it must be at least 1"),
         ({"num_blocks": 0}, "num_blocks is 0; it must be at least 1"),
         ({"num_heads": 5}, "num_heads 5 does not divide width 64"),
+        ({"gru_expert": False, "attention_expert": False}, "gru_expert and attention_expert are both False"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and less than 1"),
         ({"gate_dropout": -0.1}, "gate_dropout is -0.1"),
         ({"mix_dropout": 2}, "mix_dropout is 2"),

@@ -2,12 +2,26 @@
 
 import pytest
 import torch
-from torch import nn
 
 from glintru_rec import GlintRU
 from glintru_rec.jagged import offsets_from_lengths
+from tests.encoder_laws import check_ragged_prefill, check_scripted_recurrence, check_step_law, make
 
-VARIANTS = [{}, {"num_blocks": 2}, {"gated_mlp": False}, {"kernel_size": 1}, {"kernel_size": 5}, {"embedding_norm": False}]
+VARIANTS = [
+    {},
+    {"num_blocks": 2},
+    {"gated_mlp": False},
+    {"kernel_size": 1},
+    {"kernel_size": 5},
+    {"embedding_norm": False},
+    {"gru_expert": False},
+    {"gru_expert": False, "gated_mlp": False, "num_blocks": 2},
+    {"attention_expert": False},
+    {"attention_expert": False, "kernel_size": 1},
+    {"selective_gate": False},
+    {"selective_gate": False, "kernel_size": 1, "num_blocks": 2},
+    {"selective_gate": False, "attention_expert": False, "kernel_size": 1},
+]
 
 
 def histories(lengths, width, dtype=torch.float64):
@@ -31,15 +45,15 @@ def test_prefill_and_steps_equal_forward(variant, dtype, bound, prefix):
         assert (out - whole[offsets[:-1] + n]).abs().max() <= bound
 
 
-def test_ragged_prefill_gives_the_states_of_each_alone():
-    encoder = GlintRU(32, num_blocks=2).double().eval()
-    x, offsets = histories([3, 0, 40, 1], 32)
-    _, together = encoder.prefill(x, offsets)
-    for b in range(4):
-        part = x[offsets[b] : offsets[b + 1]]
-        _, alone = encoder.prefill(part, torch.tensor([0, part.size(0)]))
-        for ours, theirs in zip(alone, together):
-            torch.testing.assert_close(ours[0], theirs[b], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_step_law(variant):
+    """Biases, norms and mixing weights away from where they start; states of one shape on every way to them."""
+    check_step_law(make(GlintRU, **variant), length=7, dtype=torch.float64, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_ragged_prefill_gives_the_states_of_each_alone(variant):
+    check_ragged_prefill(make(GlintRU, **variant), [3, 0, 40, 1])
 
 
 def test_state_before_the_first_item_and_its_size():
@@ -51,6 +65,18 @@ def test_state_before_the_first_item_and_its_size():
     _, long = encoder.prefill(x, offsets)
     assert [tensor[0].numel() for tensor in long] == [tensor[0].numel() for tensor in start]
     assert sum(tensor[0].numel() for tensor in long) == 2 * (2 * 32 + 32 + 2 * 32 + 32 * 8)  # O(D k + D d) a block
+
+
+def test_an_expert_that_is_left_out_keeps_nothing():
+    shapes = {
+        "gru_expert": [(3, 2, 0, 32), (3, 2, 0), (3, 2, 0, 32), (3, 2, 4, 8, 8)],
+        "attention_expert": [(3, 2, 2, 32), (3, 2, 32), (3, 2, 2, 32), (3, 2, 0, 8, 8)],
+    }
+    for option, expected in shapes.items():
+        encoder = GlintRU(32, num_heads=4, kernel_size=3, num_blocks=2, **{option: False})
+        assert [tuple(part.shape) for part in encoder.init_state(3)] == expected
+    assert GlintRU(32, gru_expert=False).state_size == 32 * 8
+    assert GlintRU(32, attention_expert=False, kernel_size=1).state_size == 32
 
 
 def test_bidirectional_has_no_recurrent_form():
@@ -66,17 +92,6 @@ def test_gradients_flow_through_prefill():
     assert torch.autograd.gradcheck(lambda x: tuple(encoder.prefill(x, offsets)[1]), (x,))
 
 
-class Follow(nn.Module):
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        _, state = self.encoder.prefill(x, offsets)
-        return self.encoder.step(x[offsets[1:] - 1], state)[0]
-
-
-def test_scripted_equals_eager():
-    follow = Follow(GlintRU(16, num_blocks=2).double().eval())
-    x, offsets = histories([3, 9], 16)
-    torch.testing.assert_close(torch.jit.script(follow)(x, offsets), follow(x, offsets), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_scripted_equals_eager(variant):
+    check_scripted_recurrence(make(GlintRU, **variant), [3, 0, 9])

@@ -43,12 +43,15 @@ FIRST_USER = 2**61  # a float64 would round all of these ids to one
 ENCODERS = {
     "glint_ru": lambda: GlintRU(WIDTH),
     "glint_ru_2": lambda: GlintRU(WIDTH, num_blocks=2),
+    "no_gru": lambda: GlintRU(WIDTH, gru_expert=False, num_blocks=2),
+    "no_attention": lambda: GlintRU(WIDTH, attention_expert=False, selective_gate=False, kernel_size=1),
     "rec_grela": lambda: RecGRELA(WIDTH, num_blocks=2, num_heads=2),
     "lru_rec": lambda: LRURec(WIDTH),
     "bidirectional": lambda: GlintRU(WIDTH, causal=False),
     "sasrec": lambda: SASRec(WIDTH),
 }
 RECURRENT = ("glint_ru", "glint_ru_2", "rec_grela", "lru_rec")
+ABLATED = ("no_gru", "no_attention")
 
 
 class PlainTable(nn.Module):
@@ -620,7 +623,7 @@ def test_steps_without_the_package_give_the_query_of_the_whole_history(artifact,
     lengths = torch.tensor([3, 0, 41, 1, 150])
     item_ids = torch.randint(NUM_ITEMS, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
     torch.save((item_ids, lengths), tmp_path / "histories.pt")
-    models = {artifact(name): make_model(name) for name in RECURRENT}
+    models = {artifact(name): make_model(name) for name in RECURRENT + ABLATED}
     models[artifact(similarity="cosine")] = make_model("glint_ru", similarity="cosine")
     subprocess.run([sys.executable, "-I", "-c", FRESH, *models], cwd=tmp_path, check=True)
     for path, outputs in torch.load(tmp_path / "outputs.pt").items():
@@ -634,7 +637,7 @@ def test_steps_without_the_package_give_the_query_of_the_whole_history(artifact,
         assert state.shape[1] == model.encoder.state_size
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", RECURRENT + ABLATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_sequences", [0, 1, 5])
 def test_packed_states_come_back_to_the_last_bit(name, dtype, num_sequences):
@@ -668,5 +671,5 @@ def test_an_encoder_without_a_recurrent_form_has_no_state():
     for name in ("bidirectional", "sasrec"):
         assert not ENCODERS[name]().recurrent
         assert ENCODERS[name]().state_size == 0
-    for name in RECURRENT:
+    for name in RECURRENT + ABLATED:
         assert ENCODERS[name]().recurrent

@@ -31,6 +31,9 @@ class GlintRU(Encoder):
         causal: whether a position sees its past only; False reads the whole sequence, as the published code does.
         embedding_norm: a LayerNorm on the embeddings before the first block (not in the paper; it trains better).
         share_norm: one LayerNorm instance for both add-and-norms of a block, as in the published code.
+        gru_expert: the dense selective GRU expert; without it M = A and there are no mixing weights.
+        attention_expert: the linear-attention expert; without it M = Y and there are no mixing weights.
+        selective_gate: the gate g of the GRU expert; without it Y = conv(Φ).
         dropout: rate on the embeddings and after the attention, and wherever no rate of its own is given.
         gate_dropout: rate on the selective gate.
         mix_dropout: rate after the mix of experts.
@@ -38,7 +41,7 @@ class GlintRU(Encoder):
         norm_eps: ε of the LayerNorms.
 
     Raises:
-        InputError: a size that is not positive, heads that do not divide the width, or a rate outside [0, 1).
+        InputError: a size that is not positive, heads that do not divide the width, no expert, or a rate outside [0, 1).
 
     Example:
         >>> encoder = GlintRU(64).eval()
@@ -58,6 +61,9 @@ class GlintRU(Encoder):
         causal: bool = True,
         embedding_norm: bool = True,
         share_norm: bool = False,
+        gru_expert: bool = True,
+        attention_expert: bool = True,
+        selective_gate: bool = True,
         dropout: float = 0.2,
         gate_dropout: float | None = None,
         mix_dropout: float | None = None,
@@ -68,12 +74,17 @@ class GlintRU(Encoder):
         check_sizes("GlintRU", width=width, num_heads=num_heads, kernel_size=kernel_size, num_blocks=num_blocks)
         if width % num_heads:
             raise InputError(f"GlintRU: num_heads {num_heads} does not divide width {width}")
+        if not (gru_expert or attention_expert):
+            raise InputError("GlintRU: gru_expert and attention_expert are both False; a block needs one of them")
         check_rates("GlintRU", dropout=dropout, gate_dropout=gate_dropout, mix_dropout=mix_dropout, mlp_dropout=mlp_dropout)
         self.width = width
         self.causal = causal
         self.recurrent = causal
-        self.num_heads = num_heads
-        self.kernel_size = kernel_size
+        self.head_width = width // num_heads
+        # A state's sizes: an expert that is left out keeps nothing.
+        self.past = kernel_size - 1 if gru_expert else 0
+        self.gru_width = width if gru_expert else 0
+        self.state_heads = num_heads if attention_expert else 0
         self.dropout = Dropout(dropout)
         self.embedding_norm = nn.LayerNorm(width, eps=norm_eps) if embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -84,6 +95,9 @@ class GlintRU(Encoder):
                 causal,
                 gated_mlp,
                 share_norm,
+                gru_expert,
+                attention_expert,
+                selective_gate,
                 dropout,
                 dropout if gate_dropout is None else gate_dropout,
                 dropout if mix_dropout is None else mix_dropout,
@@ -124,7 +138,7 @@ class GlintRU(Encoder):
             elif isinstance(module, DenseSelectiveGRU):
                 nn.init.xavier_uniform_(module.weight_ih)
                 nn.init.xavier_uniform_(module.weight_hh)
-            elif isinstance(module, GlintRUBlock):
+            elif isinstance(module, GlintRUBlock) and module.expert_weights is not None:
                 nn.init.constant_(module.expert_weights, 0.5)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
@@ -136,13 +150,12 @@ class GlintRU(Encoder):
 
     def init_state(self, batch_size: int) -> GlintRUState:
         """Give the state of ``batch_size`` sequences before their first item: zeros."""
-        like, blocks, past = next(self.parameters()), len(self.blocks), self.kernel_size - 1
-        d = self.width // self.num_heads
+        like, blocks, d = next(self.parameters()), len(self.blocks), self.head_width
         return GlintRUState(
-            like.new_zeros(batch_size, blocks, past, self.width),
-            like.new_zeros(batch_size, blocks, self.width),
-            like.new_zeros(batch_size, blocks, past, self.width),
-            like.new_zeros(batch_size, blocks, self.num_heads, d, d),
+            like.new_zeros(batch_size, blocks, self.past, self.width),
+            like.new_zeros(batch_size, blocks, self.gru_width),
+            like.new_zeros(batch_size, blocks, self.past, self.width),
+            like.new_zeros(batch_size, blocks, self.state_heads, d, d),
         )
 
     def prefill(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, GlintRUState]:
@@ -173,17 +186,16 @@ class GlintRU(Encoder):
 
     def unpack_state(self, packed: Tensor) -> GlintRUState:
         """Give back what `pack_state` laid out."""
-        sequences, blocks, past = packed.size(0), len(self.blocks), self.kernel_size - 1
-        d = self.width // self.num_heads
-        window = blocks * past * self.width
+        sequences, blocks, d = packed.size(0), len(self.blocks), self.head_width
+        window = blocks * self.past * self.width
         past_u, past_gated, h, sums = packed.split(
-            [window, window, blocks * self.width, blocks * self.num_heads * d * d], dim=1
+            [window, window, blocks * self.gru_width, blocks * self.state_heads * d * d], dim=1
         )
         return GlintRUState(
-            past_u.view(sequences, blocks, past, self.width),
-            h.view(sequences, blocks, self.width),
-            past_gated.view(sequences, blocks, past, self.width),
-            sums.view(sequences, blocks, self.num_heads, d, d),
+            past_u.view(sequences, blocks, self.past, self.width),
+            h.view(sequences, blocks, self.gru_width),
+            past_gated.view(sequences, blocks, self.past, self.width),
+            sums.view(sequences, blocks, self.state_heads, d, d),
         )
 
     def _check_recurrent(self) -> None:

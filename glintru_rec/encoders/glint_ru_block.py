@@ -21,14 +21,17 @@ MIN_NORM = 1e-4
 
 
 class GlintRUState(NamedTuple):
-    """What GLINT-RU keeps of a user's past: its size does not depend on the history's length."""
+    """What GLINT-RU keeps of a user's past: its size does not depend on the history's length.
+
+    What an expert that is left out would keep has size zero: k-1 and h's D for the GRU, H for the attention.
+    """
 
     past_u: Tensor
     """The last k-1 inputs of the first convolution, ``[B, L, k-1, D]``."""
     h: Tensor
     """The GRU's state, ``[B, L, D]``."""
     past_gated: Tensor
-    """The last k-1 inputs of the second convolution, g ⊗ Φ, ``[B, L, k-1, D]``."""
+    """The last k-1 inputs of the second convolution, g ⊗ Φ (Φ without the gate), ``[B, L, k-1, D]``."""
     sums: Tensor
     """Σ k̂ vᵀ of the attention, ``[B, L, H, d, d]``."""
 
@@ -83,9 +86,10 @@ class DenseSelectiveGRU(nn.Module):
     """A GRU between two short convolutions, its output gated by what it was given.
 
     c = conv(e W0 + b0);  h = GRU(c);  Φ = h W_H + b_H;  g = dropout(SiLU(c Wδ + bδ) WΩ + bΩ);  Y = conv(g ⊗ Φ).
+    Without the selective gate Y = conv(Φ).
     """
 
-    def __init__(self, width: int, kernel_size: int, gate_dropout: float, causal: bool):
+    def __init__(self, width: int, kernel_size: int, selective_gate: bool, gate_dropout: float, causal: bool):
         super().__init__()
         self.causal = causal
         self.kernel_size = kernel_size
@@ -94,9 +98,9 @@ class DenseSelectiveGRU(nn.Module):
         self.weight_ih = nn.Parameter(torch.empty(3 * width, width))
         self.weight_hh = nn.Parameter(torch.empty(3 * width, width))
         self.channel_crossing = nn.Linear(width, width)
-        self.gate_down = nn.Linear(width, width // 2)
-        self.gate_up = nn.Linear(width // 2, width)
-        self.gate_dropout = Dropout(gate_dropout)
+        self.gate_down = nn.Linear(width, width // 2) if selective_gate else None
+        self.gate_up = nn.Linear(width // 2, width) if selective_gate else None
+        self.gate_dropout = Dropout(gate_dropout) if selective_gate else None
         self.conv_out = nn.Conv1d(width, width, kernel_size)
 
     def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
@@ -129,7 +133,9 @@ class DenseSelectiveGRU(nn.Module):
         return ragged_conv1d(gated, self.conv_out.weight, bias_out, offsets, self.causal), u, last, gated
 
     def _gated(self, c: Tensor, h: Tensor) -> Tensor:
-        return self.gate_dropout(self.gate_up(functional.silu(self.gate_down(c)))) * self.channel_crossing(h)
+        if self.gate_down is not None and self.gate_up is not None and self.gate_dropout is not None:
+            return self.gate_dropout(self.gate_up(functional.silu(self.gate_down(c)))) * self.channel_crossing(h)
+        return self.channel_crossing(h)
 
 
 class GatedMLP(nn.Module):
@@ -151,6 +157,7 @@ class GlintRUBlock(nn.Module):
     """Both experts, the data-aware gate, and the gated MLP.
 
     M = α_1 Y + α_2 A with α = softmax(w);  Z = LN(dropout((GeLU(e Wd + bd) ⊗ M) Wm + bm) + e);  R = LN'(MLP(Z) + Z).
+    Without the GRU expert M = A, without the attention expert M = Y: there is no α.
     """
 
     def __init__(
@@ -161,6 +168,9 @@ class GlintRUBlock(nn.Module):
         causal: bool,
         gated_mlp: bool,
         share_norm: bool,
+        gru_expert: bool,
+        attention_expert: bool,
+        selective_gate: bool,
         dropout: float,
         gate_dropout: float,
         mix_dropout: float,
@@ -168,9 +178,10 @@ class GlintRUBlock(nn.Module):
         norm_eps: float,
     ):
         super().__init__()
-        self.attention = LinearAttentionExpert(width, num_heads, dropout, norm_eps, causal)
-        self.gru = DenseSelectiveGRU(width, kernel_size, gate_dropout, causal)
-        self.expert_weights = nn.Parameter(torch.full((2,), 0.5))
+        self.head_width = width // num_heads
+        self.attention = LinearAttentionExpert(width, num_heads, dropout, norm_eps, causal) if attention_expert else None
+        self.gru = DenseSelectiveGRU(width, kernel_size, selective_gate, gate_dropout, causal) if gru_expert else None
+        self.expert_weights = nn.Parameter(torch.full((2,), 0.5)) if gru_expert and attention_expert else None
         self.mix_gate = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, width)
         self.mix_dropout = Dropout(mix_dropout)
@@ -182,23 +193,44 @@ class GlintRUBlock(nn.Module):
 
     def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
-        return self._mix(e, self.gru(e, offsets), self.attention(e, offsets))
+        experts: list[Tensor] = []
+        if self.gru is not None:
+            experts.append(self.gru(e, offsets))
+        if self.attention is not None:
+            experts.append(self.attention(e, offsets))
+        return self._mix(e, experts)
 
     def prefill(self, e: Tensor, offsets: Tensor) -> tuple[Tensor, GlintRUState]:
         """As `forward`, and the block's state after each sequence's last item (without the dimension L)."""
-        y, past_u, h, past_gated = self.gru.prefill(e, offsets)
-        a, sums = self.attention.prefill(e, offsets)
-        return self._mix(e, y, a), GlintRUState(past_u, h, past_gated, sums)
+        sequences, width, d = offsets.numel() - 1, e.size(1), self.head_width
+        past_u, past_gated = e.new_zeros(sequences, 0, width), e.new_zeros(sequences, 0, width)
+        h, sums = e.new_zeros(sequences, 0), e.new_zeros(sequences, 0, d, d)
+        experts: list[Tensor] = []
+        if self.gru is not None:
+            y, past_u, h, past_gated = self.gru.prefill(e, offsets)
+            experts.append(y)
+        if self.attention is not None:
+            a, sums = self.attention.prefill(e, offsets)
+            experts.append(a)
+        return self._mix(e, experts), GlintRUState(past_u, h, past_gated, sums)
 
     def step(self, e: Tensor, state: GlintRUState) -> tuple[Tensor, GlintRUState]:
         """Take in one item of each sequence, ``[B, D]``."""
-        y, past_u, h, past_gated = self.gru.step(e, state.past_u, state.h, state.past_gated)
-        a, sums = self.attention.step(e, state.sums)
-        return self._mix(e, y, a), GlintRUState(past_u, h, past_gated, sums)
+        past_u, h, past_gated, sums = state.past_u, state.h, state.past_gated, state.sums
+        experts: list[Tensor] = []
+        if self.gru is not None:
+            y, past_u, h, past_gated = self.gru.step(e, past_u, h, past_gated)
+            experts.append(y)
+        if self.attention is not None:
+            a, sums = self.attention.step(e, sums)
+            experts.append(a)
+        return self._mix(e, experts), GlintRUState(past_u, h, past_gated, sums)
 
-    def _mix(self, e: Tensor, y: Tensor, a: Tensor) -> Tensor:
-        alpha = torch.softmax(self.expert_weights, dim=0)
-        mixed = alpha[0] * y + alpha[1] * a
+    def _mix(self, e: Tensor, experts: list[Tensor]) -> Tensor:
+        mixed = experts[0]
+        if self.expert_weights is not None:
+            alpha = torch.softmax(self.expert_weights, dim=0)
+            mixed = alpha[0] * experts[0] + alpha[1] * experts[1]
         z = self.mix_norm(self.mix_dropout(self.mix_out(functional.gelu(self.mix_gate(e)) * mixed)) + e)
         if self.mlp is not None and self.mlp_norm is not None:
             z = self.mlp_norm(self.mlp(z) + z)
