@@ -332,6 +332,25 @@ def test_resume_without_the_average_is_refused(dataset_dir, run_dir, tmp_path):
     assert "was written without an average of the weights" in result.stderr
 
 
+@pytest.mark.parametrize("overrides", [[], ["table=replicated", "model.options.causal=false"]])
+def test_warm_start(run_dir, dataset_dir, tmp_path, overrides):
+    """Rates of nothing: after a step the weights are still those of the best checkpoint of the other run."""
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "model.options.dropout=0.1", *overrides]
+    rates = ["optimizer.learning_rate=1e-30", "table.learning_rate=1e-30", "trainer.max_steps=1", "trainer.seed=9"]
+    run_program("train", *arguments, *rates, f"trainer.init_from={run_dir}")
+    ours, theirs = weights(tmp_path / "run"), weights(run_dir)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_warm_start_needs_the_same_parameters(run_dir, dataset_dir, tmp_path):
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, f"trainer.init_from={run_dir}"]
+    result = run_program("train", *arguments, "model.embedding_dim=32", check=False)
+    assert result.returncode == 2
+    assert f"checkpoint {best_checkpoint(run_dir)} cannot be loaded into this model" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_dataset(tmp_path):
     result = run_program("train", f"data.path={tmp_path}", f"output={tmp_path / 'run'}", check=False)
     assert result.returncode == 2

@@ -62,8 +62,21 @@ def load_distributed(
     config, checkpoint, state = load_run(run_dir)
     check_vocabulary(dataset, state, run_dir)
     model = build_distributed(config, dataset.num_items, device)
-    load_checkpoint(checkpoint, model, optimizer=None)
+    load_checkpoint(checkpoint, model)
     return config, model
+
+
+def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset) -> None:
+    """Fill a fresh model on all ranks with the weights of another run's best checkpoint.
+
+    What has no weights may differ: dropout, ``causal``, the sharding of the table.
+
+    Raises:
+        InputError: no run directory, of another vocabulary, or with tensors of other names or shapes.
+    """
+    checkpoint = best_checkpoint(run_dir)
+    check_vocabulary(dataset, read_state(checkpoint), run_dir)
+    load_checkpoint(checkpoint, model)
 
 
 class PlainRun(NamedTuple):

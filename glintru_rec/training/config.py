@@ -124,6 +124,8 @@ class TrainerConfig:
         checkpoint_every_steps: steps between checkpoints, besides those at validations; 0: none.
         keep_last: latest checkpoints kept, besides the best.
         log_every_steps: steps between lines of ``metrics.jsonl``.
+        init_from: a run directory with whose best weights training starts; empty: random weights. The encoder must have
+            the same parameters and the dataset the same vocabulary; optimizers start anew.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
     """
@@ -138,6 +140,7 @@ class TrainerConfig:
     checkpoint_every_steps: int = 0
     keep_last: int = 1
     log_every_steps: int = 50
+    init_from: str = ""
     resume: bool = False
     device: str = "auto"
 

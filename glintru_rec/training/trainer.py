@@ -19,7 +19,7 @@ from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.build import build_distributed, check_vocabulary
+from glintru_rec.training.build import build_distributed, check_vocabulary, warm_start
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
@@ -43,6 +43,8 @@ class Trainer:
         self.num_items = dataset.num_items
         check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device)
+        if config.trainer.init_from:
+            warm_start(self.model, Path(config.trainer.init_from), dataset)
         dense = config.optimizer
         self.optimizer = build_optimizer(
             self.model,
