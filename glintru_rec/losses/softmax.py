@@ -75,23 +75,43 @@ def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: 
 
 
 class _FullSoftmax(torch.autograd.Function):
-    """loss_t = logsumexp_v(q_t · e_v) - q_t · e_target; logits are computed again in the backward pass."""
+    """loss_t = logsumexp_v(q_t · e_v) - q_t · e_target.
+
+    With p_tv = exp(q_t · e_v) / Σ_u exp(q_t · e_u)::
+
+        ∂/∂q_t = Σ_v p_tv e_v - e_target        ∂/∂e_v = Σ_t p_tv q_t - Σ_{t: target = v} q_t.
+
+    Where a row of logits fits into one block, both sums are taken while the block is there, as for losses that weigh the
+    same; that is a matmul and an exponential fewer. Otherwise, and where losses turn out to weigh differently, the logits
+    are computed again in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, query: Tensor, items: Tensor, target_ids: Tensor, precision: str):
         log_sum = query.new_full((query.size(0),), -torch.inf)
+        at_once = items.size(0) <= COLUMNS and any(ctx.needs_input_grad)
+        expected_item = torch.empty_like(query) if at_once else query[:0]  # Σ_v p_tv e_v
+        expected_query = torch.zeros_like(items) if at_once else items[:0]  # Σ_t p_tv q_t
         with _cpu_matmuls(precision):
             for rows, _, logits in _blocks(query, items):
-                torch.logaddexp(log_sum[rows], torch.logsumexp(logits, dim=1), out=log_sum[rows])
-        ctx.save_for_backward(query, items, target_ids, log_sum)
-        ctx.precision = precision
+                largest = logits.amax(1, keepdim=True)
+                total = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: logsumexp would take a block of its own
+                if at_once:
+                    torch.mm(logits, items, out=expected_item[rows]).div_(total)
+                    expected_query.addmm_(logits.t(), query[rows] / total)
+                torch.logaddexp(log_sum[rows], (total.log_() + largest).squeeze(1), out=log_sum[rows])
+        ctx.save_for_backward(query, items, target_ids, log_sum, expected_item, expected_query)
+        ctx.at_once, ctx.precision = at_once, precision
         return log_sum - (query * items[target_ids]).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
-        query, items, target_ids, log_sum = ctx.saved_tensors
+        query, items, target_ids, log_sum, expected_item, expected_query = ctx.saved_tensors
         weight = grads[0].unsqueeze(1)
+        if ctx.at_once and bool((weight == weight[:1]).all()):
+            grad_query = (expected_item - items[target_ids]) * weight
+            return grad_query, expected_query.index_add(0, target_ids, query, alpha=-1) * weight[:1].sum(), None, None
         grad_query = -weight * items[target_ids]
         grad_items = torch.zeros_like(items)
         with _cpu_matmuls(ctx.precision):

@@ -49,7 +49,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model,
             config.table,
-            lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay),
+            lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay, fused=True),
         )
         self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
