@@ -24,6 +24,8 @@ class TrainingOutput(NamedTuple):
     """Hidden vector before each target, ``[T - B, D]``."""
     positive: Tensor
     """Item vector of each target, ``[T - B, D]``."""
+    aim: Tensor
+    """Mean item vector of the target and of what follows it within the horizon, ``[T - B, D]``."""
     target_ids: Tensor
     """int64 ``[T - B]``."""
     negatives: Tensor
@@ -51,7 +53,9 @@ class SequenceModel(nn.Module):
         """Bring hidden or item vectors ``[*, D]`` to where their dot product is the score."""
         return functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
 
-    def forward(self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor) -> TrainingOutput:
+    def forward(
+        self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, horizon: int = 1, horizon_decay: float = 0.5
+    ) -> TrainingOutput:
         """Encode sequences for training: every item but a sequence's first is the target of the item before it.
 
         A causal encoder trains on all of these pairs from one pass; the lookup of the history brings the targets'
@@ -62,6 +66,8 @@ class SequenceModel(nn.Module):
             item_ids: int64 ``[T]``, sequences of at least two items (or none).
             offsets: int64 ``[B + 1]``.
             negative_ids: int64 ``[K]``.
+            horizon: how many of the following items a position aims at, where its sequence has them.
+            horizon_decay: weight of each of them in proportion to the one before.
         """
         embedded, negatives = self.table(item_ids, negative_ids)
         is_last = torch.zeros(item_ids.size(0), dtype=torch.bool, device=item_ids.device)
@@ -74,8 +80,10 @@ class SequenceModel(nn.Module):
         if not self.encoder.causal:
             targets = offsets[1:] - 1
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
+        embedded = self.normalize(embedded)
         positive = gather_rows(embedded, targets)
-        return TrainingOutput(self.normalize(hidden), self.normalize(positive), item_ids[targets], self.normalize(negatives))
+        aim = positive if horizon == 1 else _mean_ahead(embedded, targets, offsets, horizon, horizon_decay)
+        return TrainingOutput(self.normalize(hidden), positive, aim, item_ids[targets], self.normalize(negatives))
 
     def encode(self, item_ids: Tensor, offsets: Tensor, more_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode whole histories.
@@ -91,3 +99,14 @@ class SequenceModel(nn.Module):
         embedded, more = self.table(item_ids, more_ids)
         query = last_of_each(self.encoder(embedded, offsets), offsets)
         return self.normalize(query), self.normalize(more)
+
+
+def _mean_ahead(vectors: Tensor, rows: Tensor, offsets: Tensor, horizon: int, decay: float) -> Tensor:
+    """Average the vectors of ``horizon`` items from each of ``rows`` on, within its sequence; the k-th weighs decay^k."""
+    last = torch.repeat_interleave(offsets[1:] - 1, lengths_from_offsets(offsets))[rows]
+    total, weight = vectors.index_select(0, rows), torch.ones_like(vectors[rows, :1])
+    for k in range(1, horizon):
+        here = (rows + k <= last).unsqueeze(1).to(vectors.dtype) * decay**k
+        total = total + here * vectors.index_select(0, torch.minimum(rows + k, last))
+        weight = weight + here
+    return total / weight
