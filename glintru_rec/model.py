@@ -1,6 +1,14 @@
 """Item table + encoder + similarity: the retrieval model. It knows no sharding and no loss.
 
-Shapes: T items of a ragged batch, B sequences, D width, K further items.
+A score is one dot product, ``query · item vector``, whatever it is made of::
+
+                      query               item vector           score
+    dot               hidden              e                     hidden · e
+    cosine            hidden / |hidden|   e / |e|               cosine of hidden and e
+    dot, item_bias    [hidden, 1]         [e, b]                hidden · e + b
+
+Shapes: T items of a ragged batch, B sequences, D width, Q numbers of a query or item vector (D, or D + 1 with a bias), K
+further items, R numbers of a table's row (Q or more).
 """
 
 from typing import NamedTuple
@@ -9,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from glintru_rec.config import check, one_of
 from glintru_rec.encoders.base import Encoder
-from glintru_rec.errors import InputError
 from glintru_rec.jagged import last_of_each, lengths_from_offsets, offsets_from_lengths
 from glintru_rec.ops.rows import gather_rows
 
@@ -21,37 +29,64 @@ class TrainingOutput(NamedTuple):
     """What a loss needs of one batch."""
 
     query: Tensor
-    """Hidden vector before each target, ``[T - B, D]``."""
+    """Query before each target, ``[T - B, Q]``."""
     positive: Tensor
-    """Item vector of each target, ``[T - B, D]``."""
+    """Item vector of each target, ``[T - B, Q]``."""
     aim: Tensor
-    """Mean item vector of the target and of what follows it within the horizon, ``[T - B, D]``."""
+    """Mean item vector of the target and of what follows it within the horizon, ``[T - B, Q]``."""
     target_ids: Tensor
     """int64 ``[T - B]``."""
     negatives: Tensor
-    """Item vectors of the shared negatives, ``[K, D]``."""
+    """Item vectors of the shared negatives, ``[K, Q]``."""
+
+
+def check_similarity(similarity: str, item_bias: bool) -> None:
+    """Raise an `InputError` for a similarity there is not, or one that has no room for a bias."""
+    one_of("model.similarity", similarity, SIMILARITIES)
+    allowed = "false with model.similarity=cosine: a cosine has no room for a bias"
+    check("model.item_bias", item_bias, not (item_bias and similarity == "cosine"), allowed)
 
 
 class SequenceModel(nn.Module):
     """Score items by the similarity of their embedding to the encoded history.
 
     Args:
-        table: maps ``(item_ids [T], more_ids [K])`` to their embeddings ``([T, D], [K, D])`` in one exchange.
+        table: maps ``(item_ids [T], more_ids [K])`` to their rows ``([T, R], [K, R])`` in one exchange. A row is the item's
+            embedding, D numbers, then its bias where items have one; what follows is not looked at.
         encoder: turns embeddings into hidden vectors.
         similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
+        item_bias: add each item's bias to its scores; ``dot`` only.
+
+    Attributes:
+        vector_dim: numbers Q of a query or item vector.
+
+    Raises:
+        InputError: no such similarity, or a bias with ``cosine``.
     """
 
-    def __init__(self, table: nn.Module, encoder: Encoder, similarity: str = "dot"):
+    def __init__(self, table: nn.Module, encoder: Encoder, similarity: str = "dot", item_bias: bool = False):
         super().__init__()
-        if similarity not in SIMILARITIES:
-            raise InputError(f"model.similarity is {similarity!r}; choose one of {', '.join(SIMILARITIES)}")
+        check_similarity(similarity, item_bias)
         self.table = table
         self.encoder = encoder
         self.similarity = similarity
+        self.item_bias = item_bias
+        self.vector_dim = encoder.width + item_bias
 
-    def normalize(self, vectors: Tensor) -> Tensor:
-        """Bring hidden or item vectors ``[*, D]`` to where their dot product is the score."""
+    def query_vectors(self, hidden: Tensor) -> Tensor:
+        """Make queries ``[*, Q]`` of hidden vectors ``[*, D]``."""
+        if self.similarity == "cosine":
+            return functional.normalize(hidden, dim=-1)
+        return functional.pad(hidden, (0, 1), value=1.0) if self.item_bias else hidden
+
+    def item_vectors(self, rows: Tensor) -> Tensor:
+        """Make item vectors ``[*, Q]`` of table rows ``[*, R]``: their dot product with a query is the score."""
+        vectors = rows[..., : self.vector_dim]
         return functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
+
+    def embeddings(self, rows: Tensor) -> Tensor:
+        """Give what the encoder reads of table rows ``[*, R]``: ``[*, D]``."""
+        return rows[..., : self.encoder.width]
 
     def forward(
         self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, horizon: int = 1, horizon_decay: float = 0.5
@@ -69,21 +104,21 @@ class SequenceModel(nn.Module):
             horizon: how many of the following items a position aims at, where its sequence has them.
             horizon_decay: weight of each of them in proportion to the one before.
         """
-        embedded, negatives = self.table(item_ids, negative_ids)
+        rows, negatives = self.table(item_ids, negative_ids)
         is_last = torch.zeros(item_ids.size(0), dtype=torch.bool, device=item_ids.device)
         is_last[offsets[1:] - 1] = True
         is_first = torch.zeros_like(is_last)
         is_first[offsets[:-1]] = True
         inputs, targets = (~is_last).nonzero().squeeze(1), (~is_first).nonzero().squeeze(1)
         input_offsets = offsets_from_lengths(lengths_from_offsets(offsets) - 1)
-        hidden = self.encoder(gather_rows(embedded, inputs), input_offsets)
+        hidden = self.encoder(gather_rows(self.embeddings(rows), inputs), input_offsets)
         if not self.encoder.causal:
             targets = offsets[1:] - 1
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
-        embedded = self.normalize(embedded)
-        positive = gather_rows(embedded, targets)
-        aim = positive if horizon == 1 else _mean_ahead(embedded, targets, offsets, horizon, horizon_decay)
-        return TrainingOutput(self.normalize(hidden), positive, aim, item_ids[targets], self.normalize(negatives))
+        vectors, negatives = self.item_vectors(rows), self.item_vectors(negatives)
+        positive = gather_rows(vectors, targets)
+        aim = positive if horizon == 1 else _mean_ahead(vectors, targets, offsets, horizon, horizon_decay)
+        return TrainingOutput(self.query_vectors(hidden), positive, aim, item_ids[targets], negatives)
 
     def encode(self, item_ids: Tensor, offsets: Tensor, more_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode whole histories.
@@ -94,11 +129,12 @@ class SequenceModel(nn.Module):
             more_ids: further items to look up in the same exchange, int64 ``[K]``.
 
         Returns:
-            query ``[B, D]`` (an empty history gives zeros), and the vectors of ``more_ids``, ``[K, D]``.
+            query ``[B, Q]``, and the vectors of ``more_ids``, ``[K, Q]``. An empty history has the hidden vector 0: every
+            item scores 0, or its bias, which is a ranking by learnt popularity.
         """
-        embedded, more = self.table(item_ids, more_ids)
-        query = last_of_each(self.encoder(embedded, offsets), offsets)
-        return self.normalize(query), self.normalize(more)
+        rows, more = self.table(item_ids, more_ids)
+        hidden = last_of_each(self.encoder(self.embeddings(rows), offsets), offsets)
+        return self.query_vectors(hidden), self.item_vectors(more)
 
 
 def _mean_ahead(vectors: Tensor, rows: Tensor, offsets: Tensor, horizon: int, decay: float) -> Tensor:

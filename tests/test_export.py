@@ -28,7 +28,7 @@ KINDS = {
     for encoder in ("GlintRU", "Light")
     for direction in ("causal", "bidirectional")
     for similarity in ("dot", "cosine")
-}
+} | {"GlintRU-causal-bias": (True, True, "bias"), "Light-bidirectional-bias": (False, False, "bias")}
 BATCHES = ([], [0], [0, 1, 2, 49, 50, 51, 500], [3] * 7, [500])
 
 # Runs where the package and its dependencies cannot be imported.
@@ -77,8 +77,12 @@ class PlainTable(nn.Module):
 
 
 def make_model(gated_mlp=True, causal=True, similarity="dot", num_items=NUM_ITEMS):
+    """``similarity`` may be ``bias``: the dot product and a bias for each item."""
     torch.manual_seed(0)
-    return SequenceModel(PlainTable(num_items), GlintRU(WIDTH, gated_mlp=gated_mlp, causal=causal), similarity).eval()
+    item_bias = similarity == "bias"
+    encoder = GlintRU(WIDTH, gated_mlp=gated_mlp, causal=causal)
+    table = PlainTable(num_items, WIDTH + item_bias)
+    return SequenceModel(table, encoder, "dot" if item_bias else similarity, item_bias).eval()
 
 
 def export(model, output, vocabulary=VOCABULARY, **changes):
@@ -116,7 +120,7 @@ def eager_query(model, item_ids, lengths):
 @torch.no_grad()
 def eager_scores(model, item_ids, lengths, exclude_seen=False):
     """The score of every user and item, [B, V], seen items at -inf where asked."""
-    scores = eager_query(model, item_ids, lengths) @ model.normalize(model.table.embedding.weight).t()
+    scores = eager_query(model, item_ids, lengths) @ model.item_vectors(model.table.embedding.weight).t()
     if exclude_seen:
         for user, seen in enumerate(item_ids.split(lengths.tolist())):
             scores[user, seen] = -math.inf
@@ -174,7 +178,7 @@ def test_fresh_process_without_the_package_gives_the_models_scores(kind, fresh_o
     assert len(outputs) == len(batches)
     for (item_ids, lengths, candidates, candidate_lengths), output in zip(batches, outputs):
         query, scores, ids, best, ids_with_seen, best_with_seen = output
-        assert query.shape == (len(lengths), WIDTH)
+        assert query.shape == (len(lengths), model.vector_dim)
         torch.testing.assert_close(query, eager_query(model, item_ids, lengths), rtol=0, atol=1e-5)
         users = torch.arange(len(lengths)).repeat_interleave(candidate_lengths)
         everything = eager_scores(model, item_ids, lengths)
@@ -184,7 +188,7 @@ def test_fresh_process_without_the_package_gives_the_models_scores(kind, fresh_o
 
 
 @pytest.mark.parametrize("max_block_cells", [1, 40, 8 * 37, 1 << 24])
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 @pytest.mark.parametrize("k", [1, 7, NUM_ITEMS, NUM_ITEMS + 5])
 def test_top_k_is_argsort_whatever_the_blocks(max_block_cells, similarity, k):
     model = make_model(similarity=similarity)
@@ -234,10 +238,10 @@ def test_batch_equals_its_members_one_by_one():
 
 
 def test_table_is_neither_copied_nor_normalised():
-    for similarity in ("dot", "cosine"):
+    for similarity in ("dot", "cosine", "bias"):
         model = make_model(similarity=similarity)
         weight = model.table.embedding.weight.detach()
-        module = ScoringModule(model.encoder, weight, similarity, MAX_SEQ_LEN)
+        module = make_module(model)
         assert module.item_vectors.data_ptr() == weight.data_ptr()
         assert sum(buffer.numel() for buffer in module.buffers()) <= weight.numel() + NUM_ITEMS
 
@@ -280,8 +284,12 @@ def test_manifest_says_what_the_artifact_is(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact"]
 
 
-def test_signature_is_that_of_the_module(exported):
-    artifact = Artifact.load(exported)
+@pytest.mark.parametrize("similarity", ["dot", "bias"])
+def test_signature_is_that_of_the_module(similarity, tmp_path):
+    export(make_model(similarity=similarity), tmp_path / "artifact")
+    artifact = Artifact.load(tmp_path / "artifact")
+    assert artifact.manifest["item_bias"] is (similarity == "bias")
+    assert artifact.manifest["embedding_dim"] == artifact.module.item_vectors.size(1) == WIDTH + (similarity == "bias")
     module = artifact.module
     for method, signature in artifact.manifest["signature"].items():
         schema = getattr(module, method).schema
@@ -386,6 +394,20 @@ def test_output_that_is_taken_is_refused(tmp_path):
 def test_a_vocabulary_of_another_size_is_refused(tmp_path):
     with pytest.raises(InputError, match="300 rows, the vocabulary 299 items"):
         export(make_model(), tmp_path / "artifact", Vocabulary(VOCABULARY.item_ids[:-1], VOCABULARY.counts[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("width", "similarity", "message"),
+    [
+        (WIDTH + 4, "dot", "the item table is 20 wide, the encoder 16"),
+        (WIDTH - 1, "dot", "the item table is 15 wide, the encoder 16"),
+        (WIDTH + 1, "cosine", "a cosine has no room for a bias"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_encoder_are_refused(width, similarity, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export(make_model(), tmp_path / "artifact", item_vectors=torch.zeros(NUM_ITEMS, width), similarity=similarity)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_similarity_is_refused(tmp_path):

@@ -16,9 +16,9 @@ NUM_ITEMS, WIDTH = 40, 8
 class PlainTable(nn.Module):
     """What a table is to the model; counts its exchanges."""
 
-    def __init__(self):
+    def __init__(self, width=WIDTH):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(NUM_ITEMS, WIDTH, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.randn(NUM_ITEMS, width, dtype=torch.float64))
         self.num_calls = 0
 
     def forward(self, item_ids, more_ids):
@@ -27,8 +27,11 @@ class PlainTable(nn.Module):
 
 
 def make(similarity="dot", **options):
+    """``similarity`` may be ``bias``: the dot product and a bias for each item, in rows as wide as fbgemm's."""
     torch.manual_seed(0)
     encoder = GlintRU(WIDTH, num_heads=2, **options).double()
+    if similarity == "bias":
+        return SequenceModel(PlainTable(WIDTH + 4), encoder, "dot", item_bias=True).eval()
     return SequenceModel(PlainTable(), encoder, similarity).eval()
 
 
@@ -41,7 +44,7 @@ NEGATIVES = torch.tensor([3, 3, 39])
 NONE = torch.empty(0, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 def test_causal_pairs(similarity):
     """Every item but the first is a target once, and its query is what `encode` gives for the items before it."""
     model = make(similarity)
@@ -60,12 +63,12 @@ def test_causal_pairs(similarity):
         assert torch.equal(output.target_ids, targets)
         assert torch.equal(output.positive, vectors)
         assert_close(output.query, query, rtol=1e-11, atol=1e-11)
-        assert torch.equal(output.negatives, model.normalize(model.table.weight[NEGATIVES]))
+        assert torch.equal(output.negatives, model.item_vectors(model.table.weight[NEGATIVES]))
 
     law()
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 def test_aim_is_the_mean_of_what_follows(similarity):
     """Against a plain loop over sequences and positions; one item ahead it is the target itself."""
     model, lengths = make(similarity), [5, 2, 3, 9]
@@ -74,7 +77,7 @@ def test_aim_is_the_mean_of_what_follows(similarity):
         for horizon, decay in ((1, 0.5), (2, 0.5), (4, 0.3), (100, 1.0)):
             expected = []
             for member in item_ids.split(lengths):
-                vectors = model.normalize(model.table.weight[member])
+                vectors = model.item_vectors(model.table.weight[member])
                 for n in range(1, len(member)):
                     weights = [decay**k for k in range(min(horizon, len(member) - n))]
                     expected.append(sum(w * vectors[n + k] for k, w in enumerate(weights)) / sum(weights))
@@ -83,7 +86,7 @@ def test_aim_is_the_mean_of_what_follows(similarity):
         assert torch.equal(model(item_ids, offsets, NEGATIVES).aim, output.positive)
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 def test_bidirectional_trains_on_the_last_item_alone(similarity):
     model, lengths = make(similarity, causal=False), [5, 2, 19]
     item_ids, offsets = batch(lengths)
@@ -146,13 +149,13 @@ def test_cosine_is_the_scaled_dot():
     assert not torch.allclose(scores[0], scores[1])
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_empty_batch(causal, similarity):
     """What a rank gets when batches do not divide evenly among the ranks."""
     model = make(similarity, causal=causal).train()
     output = model(*batch([]), NEGATIVES)
-    assert output.query.shape == output.positive.shape == (0, WIDTH)
+    assert output.query.shape == output.positive.shape == (0, model.vector_dim)
     assert output.target_ids.shape == (0,)
     assert output.target_ids.dtype == torch.int64
     (output.query.sum() + output.positive.sum() + 0 * output.negatives.sum()).backward()
@@ -161,7 +164,7 @@ def test_empty_batch(causal, similarity):
         assert not parameter.grad.any()
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_empty_history_is_zeros(causal, similarity):
     model = make(similarity, causal=causal)
@@ -170,12 +173,12 @@ def test_empty_history_is_zeros(causal, similarity):
         query, more = model.encode(item_ids, torch.tensor([0, 0, 3, 3, 5, 5]), NEGATIVES)
         without, _ = model.encode(item_ids, torch.tensor([0, 3, 5]), NEGATIVES)
         nothing, _ = model.encode(NONE, torch.tensor([0, 0, 0]), NONE)
-    assert not query[[0, 2, 4]].any()
+    assert not query[[0, 2, 4], :WIDTH].any()
     assert_close(query[[1, 3]], without, rtol=1e-13, atol=1e-13)
-    assert torch.equal(nothing, torch.zeros(2, WIDTH, dtype=torch.float64))
-    assert more.shape == (3, WIDTH)
+    assert torch.equal(nothing, query[[0, 2]])
+    assert more.shape == (3, model.vector_dim)
 
 
 def test_unknown_similarity():
-    with pytest.raises(InputError, match=r"model.similarity is 'euclid'; choose one of dot, cosine"):
+    with pytest.raises(InputError, match=r"model.similarity is 'euclid'; it must be one of dot, cosine"):
         SequenceModel(PlainTable(), GlintRU(WIDTH), "euclid")

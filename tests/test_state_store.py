@@ -55,9 +55,9 @@ ABLATED = ("no_gru", "no_attention")
 
 
 class PlainTable(nn.Module):
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.embedding = nn.Embedding(NUM_ITEMS, WIDTH)
+        self.embedding = nn.Embedding(NUM_ITEMS, width)
 
     def forward(self, item_ids, more_ids):
         return self.embedding(item_ids), self.embedding(more_ids)
@@ -65,8 +65,11 @@ class PlainTable(nn.Module):
 
 @functools.cache
 def make_model(name, seed=0, similarity="dot"):
+    """``similarity`` may be ``bias``: the dot product and a bias for each item."""
     torch.manual_seed(seed)
-    model = SequenceModel(PlainTable(), ENCODERS[name](), similarity).eval()
+    item_bias = similarity == "bias"
+    table = PlainTable(WIDTH + item_bias)
+    model = SequenceModel(table, ENCODERS[name](), "dot" if item_bias else similarity, item_bias).eval()
     shake(model.encoder, 0.1)
     return model
 
@@ -82,7 +85,7 @@ def artifact(tmp_path_factory):
         vocabulary = Vocabulary(CATALOGS[ids], np.ones(NUM_ITEMS, dtype=np.int64))
         export_artifact(
             model.encoder,
-            similarity,
+            model.similarity,
             model.table.embedding.weight,
             vocabulary,
             folder,
@@ -142,7 +145,7 @@ def afresh(model, history, exclude_seen=True):
     """The scores of the whole catalog after a whole history, by the eager model."""
     item_ids = torch.tensor(history)
     query = model.encode(item_ids, offsets_from_lengths(torch.tensor([len(history)])), item_ids[:0])[0]
-    scores = (query @ model.normalize(model.table.embedding.weight).t())[0].numpy()
+    scores = (query @ model.item_vectors(model.table.embedding.weight).t())[0].numpy()
     if exclude_seen:
         scores[history] = -np.inf
     return scores
@@ -182,7 +185,7 @@ def test_a_log_cut_at_fifty_random_places_gives_what_scoring_afresh_gives(name, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 1024])
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_batches_similarities_and_seen_items(batch_size, similarity, exclude_seen, artifact, tmp_path):
     path, model = artifact(similarity=similarity), make_model("glint_ru", similarity=similarity)
@@ -608,7 +611,7 @@ outputs = {}
 for path in sys.argv[1:]:
     module = torch.jit.load(f"{path}/model.pt")
     state = module.init_state(len(lengths))
-    stepped = torch.zeros(len(lengths), module.item_vectors.size(1))
+    stepped, _ = module.advance(item_ids[:0], torch.zeros_like(lengths), state)  # of those who have no event
     for n in range(int(lengths.max())):  # one event at a time, of those who have one
         rows = (lengths > n).nonzero().squeeze(1)
         stepped[rows], state[rows] = module.step(item_ids[(ends - lengths)[rows] + n], state[rows])
@@ -624,7 +627,8 @@ def test_steps_without_the_package_give_the_query_of_the_whole_history(artifact,
     item_ids = torch.randint(NUM_ITEMS, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
     torch.save((item_ids, lengths), tmp_path / "histories.pt")
     models = {artifact(name): make_model(name) for name in RECURRENT + ABLATED}
-    models[artifact(similarity="cosine")] = make_model("glint_ru", similarity="cosine")
+    for similarity in ("cosine", "bias"):
+        models[artifact(similarity=similarity)] = make_model("glint_ru", similarity=similarity)
     subprocess.run([sys.executable, "-I", "-c", FRESH, *models], cwd=tmp_path, check=True)
     for path, outputs in torch.load(tmp_path / "outputs.pt").items():
         model = models[path]

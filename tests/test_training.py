@@ -70,7 +70,9 @@ def test_run_directory(run_dir):
 AVERAGED = ["table=replicated", "optimizer.ema_decay=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=3"]
 
 
-@pytest.mark.parametrize("overrides", [["table=row_wise", "optimizer.schedule=linear"], ["table=replicated"], AVERAGED])
+@pytest.mark.parametrize(
+    "overrides", [["table=row_wise", "optimizer.schedule=linear"], ["table=replicated"], AVERAGED, ["model.item_bias=true"]]
+)
 def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
     """20 steps whole = 10 and more, killed with -9, and the rest: losses to the bit, weights too."""
     arguments = [f"data.path={dataset_dir}", *overrides, *TWENTY_STEPS]
@@ -132,18 +134,21 @@ def test_killed_rank_restarts_all(dataset_dir, tmp_path):
 
 
 def test_shards_start_different(dataset_dir, tmp_path):
-    """Each rank fills its own rows; from one seed they would be copies of each other."""
+    """Each rank fills its own rows; from one seed they would be copies of each other. Biases start at 0."""
     arguments = [
         f"data.path={dataset_dir}",
         f"output={tmp_path / 'run'}",
         *SMALL,
         "trainer.max_steps=1",
         "table.learning_rate=1e-30",
+        "model.item_bias=true",
     ]
     run_program("train", *arguments, nproc=2)
     (table,) = (value for name, value in weights(tmp_path / "run").items() if "t_item" in name)
     half = -(-len(table) // 2)
-    assert not (table[: len(table) - half] == table[half:]).any()
+    assert not (table[: len(table) - half, :16] == table[half:, :16]).any()
+    assert 0 < table[:, 16].abs().max() < 1e-20  # but for the one step
+    assert not table[:, 17:].any()
 
 
 @pytest.mark.parametrize("overrides", [["table.optimizer=sgd", "table.learning_rate=1e30"], ["optimizer.learning_rate=1e30"]])
@@ -272,6 +277,7 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["loss.temperature=-1"], "loss.temperature is -1.0; it must be greater than 0"),
         (["table.learning_rate=inf"], "table.learning_rate is inf; it must be greater than 0 and finite"),
         (["model.similarity=euclid"], "model.similarity is 'euclid'; it must be one of dot, cosine"),
+        (["model=lru_rec", "model.similarity=cosine"], "model.item_bias is True; it must be false with"),
         (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
         (["table.weight_decay=0.1"], "ignores it"),
         (["trainer.batch_targets=16"], "trainer.batch_targets is 16"),
@@ -323,6 +329,14 @@ def test_resume_with_another_model_is_refused(dataset_dir, run_dir, tmp_path):
     assert result.returncode == 2
     assert "was written by another model" in result.stderr
     assert (tmp_path / "run/config.yaml").read_text() == (run_dir / "config.yaml").read_text()
+
+
+def test_resume_without_the_biases_is_refused(dataset_dir, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.resume=true"]
+    result = run_program("train", *arguments, "model.options.dropout=0.1", "model.item_bias=true", check=False)
+    assert result.returncode == 2
+    assert "was written by another model" in result.stderr
 
 
 def test_resume_without_the_average_is_refused(dataset_dir, run_dir, tmp_path):

@@ -3,8 +3,8 @@
 Yue et al., "Linear Recurrent Units for Sequential Recommendation", WSDM 2024, arXiv 2310.02367. It is causal by nature:
 training is a scan over the sequence, inference a step.
 
-The published model adds a learned bias per item to its scores. That belongs to whatever holds the items: an encoder
-knows none, so it is left out here.
+The published model adds a learned bias per item to its scores. That belongs to whatever holds the items, and an encoder
+knows none: it is an option of the model, ``model.item_bias``, which ``configs/model/lru_rec.yaml`` sets.
 
 Shapes: T items, B sequences, L blocks, D width, S complex recurrent features.
 """
@@ -177,7 +177,7 @@ class LRURec(Encoder):
 
     @classmethod
     def published(cls, width: int = 64, num_blocks: int = 2, dropout: float = 0.2) -> "LRURec":
-        """Build the model of the published code (less the items' biases); see `load_published_weights`."""
+        """Build the encoder of the published code; see `load_published_weights`, also for the items' biases."""
         return cls(width, num_blocks, dropout=dropout)
 
     def reset_parameters(self) -> None:
@@ -249,8 +249,9 @@ def load_published_weights(encoder: LRURec, state_dict: dict[str, Tensor]) -> No
 
     Args:
         encoder: made by `LRURec.published` with the same sizes (or with other switches of the same sizes).
-        state_dict: ``LRU.state_dict()``; its ``embedding.token`` belongs to the item table and ``model.bias`` to the
-            scores, and both are left alone.
+        state_dict: ``LRU.state_dict()``. Its ``embedding.token.weight`` and ``model.bias`` are left alone: they belong to
+            the item table (`glintru_rec.tables.item_table`), whose row of item i, with ``model.item_bias``, takes
+            ``token.weight[i + 1]``, then ``bias[i + 1]``, then zeros; row 0 there is padding.
 
     Raises:
         InputError: a weight is missing or has another shape.

@@ -6,6 +6,10 @@
                                for torch.jit.load in Python and torch::jit::load in C++
     vocabulary/items.parquet   item_id, index, count: the module's item ids are the indices
     manifest.json              signature, measured parity, where it came from, sha256 of the other two
+
+The module's buffer ``item_vectors`` holds a row for each item. With ``similarity`` "dot" an item's score is ``query · row``;
+both have the manifest's ``embedding_dim`` numbers. With ``item_bias`` that is one more than the encoder's width: a row ends
+with the item's bias, a query with 1. With "cosine" the query has length 1, and the score is ``query · row / |row|``.
 """
 
 import copy
@@ -26,6 +30,7 @@ from glintru_rec.export.parity import TOLERANCE, measure_parity
 from glintru_rec.export.recurrent_module import RecurrentScoringModule
 from glintru_rec.export.scoring_module import ScoringModule
 from glintru_rec.files import check_free, folder_aside, sha256_of
+from glintru_rec.model import check_similarity
 
 ARTIFACT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -94,7 +99,8 @@ def export_artifact(
     Args:
         encoder: trained; left as it is.
         similarity: ``dot`` or ``cosine``.
-        item_vectors: the whole item table, ``[V, D]``.
+        item_vectors: the whole item table, ``[V, D]`` for an encoder of width D, or ``[V, D + 1]`` with each item's bias
+            last.
         vocabulary: of the V items.
         output: folder to make; it must not exist, or be empty.
         max_seq_len: the encoder will see each history's last ``max_seq_len`` items.
@@ -105,17 +111,21 @@ def export_artifact(
         The manifest.
 
     Raises:
-        InputError: the output folder is taken or cannot be written, or table and vocabulary differ in size.
+        InputError: the output folder is taken or cannot be written, or table and vocabulary differ in size, or table
+            and encoder in width, or there are biases with ``cosine``.
         RuntimeError: the written module gives other scores than the model.
     """
     output = Path(output)
     check_free("output", output)
-    num_items, embedding_dim = item_vectors.shape
+    num_items, vector_dim = item_vectors.shape
     if num_items != vocabulary.num_items:
         raise InputError(
             f"the item table has {num_items} rows, the vocabulary {vocabulary.num_items} items; "
             f"export a run with the dataset it was trained on"
         )
+    if vector_dim not in (encoder.width, encoder.width + 1):
+        raise InputError(f"the item table is {vector_dim} wide, the encoder {encoder.width}; only a bias may be added to that")
+    check_similarity(similarity, item_bias=vector_dim > encoder.width)
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
     with folder_aside(output) as folder:
@@ -135,11 +145,12 @@ def export_artifact(
             "artifact_version": ARTIFACT_VERSION,
             "format": "torchscript",
             "precision": "fp32",
-            "signature": _signature(embedding_dim, encoder.state_size),
+            "signature": _signature(vector_dim, encoder.state_size),
             "num_items": num_items,
-            "embedding_dim": embedding_dim,
+            "embedding_dim": vector_dim,
             "max_seq_len": max_seq_len,
             "similarity": similarity,
+            "item_bias": vector_dim > encoder.width,
             "encoder": encoder_config,
             "vocabulary_sha256": vocabulary.sha256,
             "provenance": provenance,
@@ -151,7 +162,7 @@ def export_artifact(
     return manifest
 
 
-def _signature(embedding_dim: int, state_size: int) -> dict[str, Any]:
+def _signature(vector_dim: int, state_size: int) -> dict[str, Any]:
     """Describe every method: T items of B histories, C candidates; all of these may be 0. No state, no steps."""
 
     def tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:
@@ -160,7 +171,7 @@ def _signature(embedding_dim: int, state_size: int) -> dict[str, Any]:
     histories = [tensor("item_ids", "int64", "T"), tensor("lengths", "int64", "B")]
     candidates = [tensor("candidates", "int64", "C"), tensor("candidate_lengths", "int64", "B")]
     options = [{"name": "k", "dtype": "int"}, {"name": "exclude_seen", "dtype": "bool", "default": True}]
-    query = tensor("query", "float32", "B", embedding_dim)
+    query = tensor("query", "float32", "B", vector_dim)
     seen = [tensor("seen_ids", "int64", "T"), tensor("seen_lengths", "int64", "B")]
     best = [tensor("ids", "int64", "B", "k"), tensor("scores", "float32", "B", "k")]
     signature: dict[str, Any] = {

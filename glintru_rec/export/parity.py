@@ -1,6 +1,6 @@
 """Measure how far an exported module is from the model it was made of.
 
-Shapes: T items of a ragged batch, B histories, D width, V catalog.
+Shapes: T items of a ragged batch, B histories, Q numbers of an item vector, V catalog.
 """
 
 from typing import Any
@@ -45,14 +45,15 @@ def measure_parity(
         module: the exported module, as loaded from its file.
         encoder: the encoder it was made of, in evaluation mode.
         similarity: ``dot`` or ``cosine``.
-        item_vectors: the item table it was made of, ``[V, D]``.
+        item_vectors: the item table it was made of, ``[V, Q]``.
         max_seq_len: see `ScoringModule`.
 
     Returns:
         For each method ``max_abs_difference``, ``scale`` (the largest magnitude of the model's own values, but at least
         1) and ``relative``, their ratio.
     """
-    model = SequenceModel(_PlainTable(item_vectors), encoder, similarity).eval()
+    item_bias = item_vectors.size(1) > encoder.width
+    model = SequenceModel(_PlainTable(item_vectors), encoder, similarity, item_bias).eval()
     generator = torch.Generator().manual_seed(0)
     num_items = item_vectors.size(0)
     lengths = torch.tensor([0, 1, 2, max_seq_len, max_seq_len + 1, 2 * max_seq_len + 3, 0, 5])
@@ -65,7 +66,7 @@ def measure_parity(
     query, candidate_vectors = model.encode(recent, recent_offsets, candidates)
     rows = sequence_index(offsets_from_lengths(candidate_lengths), candidates.numel())
     scores = (query[rows] * candidate_vectors).sum(1)
-    catalog = torch.cat([query @ model.normalize(block).t() for block in item_vectors.split(_CATALOG_BLOCK)], dim=1)
+    catalog = torch.cat([query @ model.item_vectors(block).t() for block in item_vectors.split(_CATALOG_BLOCK)], dim=1)
     catalog[sequence_index(offsets, item_ids.numel()), item_ids] = -torch.inf
     best = torch.full((lengths.numel(), _K), -torch.inf)
     best[:, : min(_K, num_items)] = catalog.topk(min(_K, num_items), dim=1).values

@@ -1,11 +1,10 @@
 """What an artifact of a recurrent encoder runs besides: a user's state, carried on event by event. It needs torch alone.
 
-Shapes: T events of a ragged batch, B users, D width, S numbers of a packed state.
+Shapes: T events of a ragged batch, B users, Q numbers of a query, S numbers of a packed state.
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.export.scoring_module import MAX_BLOCK_CELLS, ScoringModule, checked_offsets
@@ -53,13 +52,10 @@ class RecurrentScoringModule(ScoringModule):
             state: float32 ``[B, S]``; left as it is.
 
         Returns:
-            query, float32 ``[B, D]``, as `encode` gives it, and the state after the event, float32 ``[B, S]``.
+            query, float32 ``[B, Q]``, as `encode` gives it, and the state after the event, float32 ``[B, S]``.
         """
-        x = self.item_vectors.index_select(0, item_ids)
-        query, after = self.encoder.step(x, self.encoder.unpack_state(state))
-        if self.cosine:
-            query = functional.normalize(query, dim=1)
-        return query, self.encoder.pack_state(after)
+        hidden, after = self.encoder.step(self._embeddings(item_ids), self.encoder.unpack_state(state))
+        return self._query(hidden), self.encoder.pack_state(after)
 
     @torch.jit.export
     def advance(self, item_ids: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +67,8 @@ class RecurrentScoringModule(ScoringModule):
             state: before them, float32 ``[B, S]``; left as it is.
 
         Returns:
-            query after the last event, float32 ``[B, D]``, and the state after it, float32 ``[B, S]``. A user without
-            events keeps the state and has the query 0.
+            query after the last event, float32 ``[B, Q]``, and the state after it, float32 ``[B, S]``. A user without
+            events keeps the state and has the query of an empty history.
 
         Raises:
             ValueError: ``lengths`` do not add up to T, or there are not B of them.
@@ -83,7 +79,7 @@ class RecurrentScoringModule(ScoringModule):
         order = time_major(checked_offsets(lengths, item_ids), item_ids.size(0))
         events = item_ids.index_select(0, order.rows)
         ranked = state.index_select(0, order.ranking)
-        ranked_query = self.item_vectors.new_zeros([lengths.numel(), self.item_vectors.size(1)])
+        ranked_query = self._query(self.item_vectors.new_zeros([lengths.numel(), self.encoder.width]))
         start = 0
         for alive in order.alive:
             query, after = self.step(events[start : start + alive], ranked[:alive])

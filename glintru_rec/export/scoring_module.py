@@ -2,7 +2,8 @@
 
 Everything here is compiled by TorchScript, so the file it is saved to loads where this package is not installed.
 
-Shapes: T items of a ragged batch, B histories, C candidates of a ragged batch, D width, V catalog, n items of a block.
+Shapes: T items of a ragged batch, B histories, C candidates of a ragged batch, D width of the encoder, Q numbers of a query or
+item vector (D, or D + 1 where items have a bias), V catalog, n items of a block.
 """
 
 import torch
@@ -19,11 +20,13 @@ class ScoringModule(nn.Module):
     """Encode histories, score candidates and find the best items of the catalog.
 
     Item ids are rows of the item table. Batches and histories may have any length, 0 included; a history's result does
-    not depend on the rest of the batch. An empty history has the query 0, so every item scores 0.
+    not depend on the rest of the batch. An empty history has the hidden vector 0, so every item scores 0, or its bias where
+    items have one: a ranking by learnt popularity.
 
     Args:
         encoder: turns item vectors into hidden vectors.
-        item_vectors: the item table as trained, float32 ``[V, D]``. Kept as it is, not copied.
+        item_vectors: the item table as trained, float32 ``[V, D]``, or ``[V, D + 1]`` with each item's bias last (``dot``
+            only). Kept as it is, not copied.
         similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
         max_seq_len: the encoder sees each history's last ``max_seq_len`` items.
         max_block_cells: largest number of scores or features that `score` and `top_k_of` compute at once.
@@ -43,6 +46,7 @@ class ScoringModule(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.cosine = similarity == "cosine"
+        self.item_bias = item_vectors.size(1) > encoder.width
         self.max_seq_len = max_seq_len
         self.max_block_cells = max_block_cells
         self.register_buffer("item_vectors", item_vectors)
@@ -63,19 +67,15 @@ class ScoringModule(nn.Module):
             lengths: items of each history, int64 ``[B]``, T in all.
 
         Returns:
-            query, float32 ``[B, D]``. With ``dot`` an item's score is ``query · item_vectors[i]``; with ``cosine`` the
-            query has length 1, and so must the item's vector.
+            query, float32 ``[B, Q]``. With ``dot`` an item's score is ``query · item_vectors[i]``, and where items have a
+            bias the query ends with 1; with ``cosine`` the query has length 1, and so must the item's vector.
 
         Raises:
             ValueError: ``lengths`` do not add up to T.
         """
         offsets = checked_offsets(lengths, item_ids)
         recent, offsets = keep_last(item_ids, offsets, self.max_seq_len)
-        hidden = self.encoder(self.item_vectors.index_select(0, recent), offsets)
-        query = last_of_each(hidden, offsets)
-        if self.cosine:
-            query = functional.normalize(query, dim=1)
-        return query
+        return self._query(last_of_each(self.encoder(self._embeddings(recent), offsets), offsets))
 
     @torch.jit.export
     def score(self, item_ids: Tensor, lengths: Tensor, candidates: Tensor, candidate_lengths: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class ScoringModule(nn.Module):
         """Find the best items of the catalog for users whose query is known, exactly.
 
         Args:
-            query: as `encode` gives it, float32 ``[B, D]``.
+            query: as `encode` gives it, float32 ``[B, Q]``.
             seen_ids: items to leave out, user after user, int64 ``[T]``; repeated ones do no harm.
             seen_lengths: items to leave out for each user, int64 ``[B]``, T in all.
             k: items to find, at least 1.
@@ -174,6 +174,18 @@ class ScoringModule(nn.Module):
             best_ids = best_ids.gather(1, order)
             best_scores = best_scores.gather(1, order)
         return best_ids, best_scores
+
+    def _embeddings(self, item_ids: Tensor) -> Tensor:
+        """Look up what the encoder reads of items, ``[T, D]``."""
+        return self.item_vectors.index_select(0, item_ids)[:, : self.encoder.width]
+
+    def _query(self, hidden: Tensor) -> Tensor:
+        """Make queries ``[B, Q]`` of hidden vectors ``[B, D]``, as `glintru_rec.model.SequenceModel` does."""
+        if self.cosine:
+            return functional.normalize(hidden, dim=1)
+        if self.item_bias:
+            return functional.pad(hidden, [0, 1], value=1.0)
+        return hidden
 
 
 def checked_offsets(lengths: Tensor, values: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def export_run(config: ExportConfig) -> None:
     manifest = export_artifact(
         model.encoder,
         model.similarity,
-        model.state_dict()[TABLE_KEY],
+        model.state_dict()[TABLE_KEY][:, : model.vector_dim],
         vocabulary,
         config.output,
         max_seq_len=config_of_run.data.max_seq_len,

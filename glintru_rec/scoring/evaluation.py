@@ -3,7 +3,7 @@
 Each rank encodes its own users; their queries then visit every rank's share of the catalog, which counts how many items
 score above the target and how many tie with it. Only counts travel back.
 
-Shapes: B users of a rank's batch, G = B x ranks, n items of a rank's share, D width.
+Shapes: B users of a rank's batch, G = B x ranks, n items of a rank's share, Q numbers of a query or item vector.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
 from glintru_rec.model import SequenceModel
-from glintru_rec.tables.sharding import local_item_vectors
+from glintru_rec.tables.sharding import local_rows
 
 # Scores held at one time, G x items of a block: 256 MiB.
 BLOCK_SCORES = 1 << 26
@@ -56,8 +56,8 @@ def evaluate(
     cases = dataset.eval_cases(protocol.split)
     num_users = check_has_cases(cases, protocol.split)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    vectors, first_item = local_item_vectors(model)
-    vectors = module.normalize(vectors.to(device))
+    rows, first_item = local_rows(model)
+    vectors = module.item_vectors(rows.to(device))
     counts = torch.from_numpy(dataset.train_counts()).to(device) if protocol.kind == "popularity" else None
     metrics = RankingMetrics(protocol.ks, device)
     num_targets_seen = 0
@@ -120,7 +120,7 @@ class _Users:
 
 
 def _gather(query: Tensor, sizes: list[int]) -> Tensor:
-    """Bring the queries of all ranks together, in the order of ranks: ``[G, D]``."""
+    """Bring the queries of all ranks together, in the order of ranks: ``[G, Q]``."""
     if len(sizes) == 1:
         return query
     padded = query.new_zeros(max(sizes), query.size(1))

@@ -50,8 +50,9 @@ class ScoreConfig:
         input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update.
         output: folder to write; it must not exist, or be empty.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
-            writes the user's vector; ``update`` carries the states of users on by new events and finds the best items of
-            those who acted (see `glintru_rec.scoring.update`).
+            writes the user's vector (`glintru_rec.export.artifact` says what item vectors go with it); ``update`` carries
+            the states of users on by new events and finds the best items of those who acted (see
+            `glintru_rec.scoring.update`).
         state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.

@@ -20,6 +20,10 @@ DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 # An EmbeddingCollection keeps its tables in a ModuleDict, which refuses names such as "items".
 TABLE_NAME = "t_item"
 
+# Columns behind the embedding where items have a bias. The first is the bias; fbgemm wants widths that are multiples of 4,
+# so there are three more, which nothing reads: no gradient reaches them, and they stay 0.
+BIAS_COLUMNS = 4
+
 
 @dataclass
 class TableConfig:
@@ -34,7 +38,7 @@ class TableConfig:
         eps: added to the root of the second moment.
         dtype: ``fp32``, or ``fp16`` rows (sharded only; on CPU without stochastic rounding: updates below a row's
             precision vanish).
-        init_std: standard deviation of the normal distribution that rows start from.
+        init_std: standard deviation of the normal distribution that embeddings start from (biases start at 0).
     """
 
     sharding: str = "row_wise"
@@ -65,7 +69,7 @@ class TableConfig:
 
 
 class ItemTable(nn.Module):
-    """One embedding per catalog item.
+    """One embedding per catalog item, and where asked for a bias: rows of R = D, or D + `BIAS_COLUMNS`, numbers.
 
     Args:
         num_items: catalog size; ids are ``0 .. num_items-1``. They are trusted here: fbgemm reads, and trains, row 0
@@ -73,9 +77,11 @@ class ItemTable(nn.Module):
         embedding_dim: width D; a multiple of 4, as fbgemm asks.
         config: dtype and initial scale.
         device: ``meta`` for a table that will be sharded: no rank ever holds the whole.
+        item_bias: an item's row goes on with its bias, which starts at 0. It learns as the row does: row-wise Adagrad
+            has one step size for the whole row, ``weight_decay`` is the table's.
     """
 
-    def __init__(self, num_items: int, embedding_dim: int, config: TableConfig, device: torch.device):
+    def __init__(self, num_items: int, embedding_dim: int, config: TableConfig, device: torch.device, item_bias: bool = False):
         super().__init__()
         if embedding_dim % 4:
             raise InputError(f"model.embedding_dim is {embedding_dim}; fbgemm tables need a multiple of 4")
@@ -83,10 +89,10 @@ class ItemTable(nn.Module):
         table = EmbeddingConfig(
             name=TABLE_NAME,
             num_embeddings=num_items,
-            embedding_dim=embedding_dim,
+            embedding_dim=embedding_dim + BIAS_COLUMNS * item_bias,
             feature_names=["history", "more"],
             data_type=DTYPES[config.dtype],
-            init_fn=partial(nn.init.normal_, std=config.init_std),
+            init_fn=partial(_init_rows, embedding_dim=embedding_dim, std=config.init_std),
         )
         self.embeddings = EmbeddingCollection([table], device=device)
 
@@ -98,7 +104,7 @@ class ItemTable(nn.Module):
             more_ids: int64 ``[K]``.
 
         Returns:
-            Embeddings ``[T, D]`` and ``[K, D]``, fp32.
+            Rows ``[T, R]`` and ``[K, R]``, fp32.
         """
         # One bag per feature: the table returns a sequence, in order, so bags have no meaning here.
         features = KeyedJaggedTensor(
@@ -108,3 +114,10 @@ class ItemTable(nn.Module):
         )
         looked_up = self.embeddings(features)
         return looked_up["history"].values(), looked_up["more"].values()
+
+
+@torch.no_grad()
+def _init_rows(rows: Tensor, embedding_dim: int, std: float) -> None:
+    """Draw embeddings; what follows them in a row starts at 0. A sharded table calls this with each rank's own rows."""
+    rows.normal_(std=std)
+    rows[:, embedding_dim:].zero_()

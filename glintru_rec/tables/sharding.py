@@ -26,10 +26,12 @@ FUSED: dict[str, Any] = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, 
 TABLE_KEY = f"table.embeddings.embeddings.{TABLE_NAME}.weight"
 
 
-def build_table(num_items: int, embedding_dim: int, config: TableConfig, device: torch.device) -> ItemTable:
+def build_table(
+    num_items: int, embedding_dim: int, config: TableConfig, device: torch.device, item_bias: bool = False
+) -> ItemTable:
     """Make the item table: on ``meta`` when it will be sharded, so that no rank ever holds the whole of it."""
     sharded = config.sharding != "replicated"
-    return ItemTable(num_items, embedding_dim, config, torch.device("meta") if sharded else device)
+    return ItemTable(num_items, embedding_dim, config, torch.device("meta") if sharded else device, item_bias)
 
 
 def distribute(model: SequenceModel, config: TableConfig, device: torch.device) -> DistributedModelParallel:
@@ -105,12 +107,12 @@ def materialize_state(optimizer: CombinedOptimizer) -> None:
             part.init_state(None)
 
 
-def local_item_vectors(model: DistributedModelParallel) -> tuple[Tensor, int]:
+def local_rows(model: DistributedModelParallel) -> tuple[Tensor, int]:
     """Give this rank's share of the item table, for scoring the whole catalog together.
 
     Returns:
-        Rows ``[n, D]`` in fp32 without gradient, and the id of the first. The ranks' shares follow one another and
-        cover the catalog; a replicated table is divided evenly.
+        Rows ``[n, R]`` in fp32 without gradient (`SequenceModel.item_vectors` makes vectors of them), and the id of the
+        first. The ranks' shares follow one another and cover the catalog; a replicated table is divided evenly.
     """
     weight = model.state_dict()[TABLE_KEY]
     if isinstance(weight, Tensor) and not hasattr(weight, "local_shards"):

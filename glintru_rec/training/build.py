@@ -24,8 +24,9 @@ def build_model(config: TrainConfig, num_items: int, device: torch.device) -> Se
     """Make a fresh model; the weights follow from ``config.trainer.seed``."""
     torch.manual_seed(config.trainer.seed)
     encoder = build_encoder(config.model.encoder, config.model.embedding_dim, config.model.options).to(device)
-    table = build_table(num_items, config.model.embedding_dim, config.table, device)
-    return SequenceModel(table, encoder, config.model.similarity)
+    item_bias = config.model.item_bias
+    table = build_table(num_items, config.model.embedding_dim, config.table, device, item_bias)
+    return SequenceModel(table, encoder, config.model.similarity, item_bias)
 
 
 def build_distributed(config: TrainConfig, num_items: int, device: torch.device) -> DistributedModelParallel:

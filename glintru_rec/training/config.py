@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.losses.softmax import PRECISIONS
-from glintru_rec.model import SIMILARITIES
+from glintru_rec.model import check_similarity
 from glintru_rec.tables.item_table import TableConfig
 
 
@@ -39,17 +39,19 @@ class ModelConfig:
         encoder: name of the encoder (`glintru_rec.encoders.ENCODERS`).
         embedding_dim: width D of item embeddings and encoder, a multiple of 4.
         similarity: ``dot``, or ``cosine`` (choose ``loss.temperature`` near 0.05 then).
+        item_bias: learn a bias of each item, which is added to all its scores; needs ``similarity=dot``.
         options: further arguments of the encoder's class.
     """
 
     encoder: str = "glint_ru"
     embedding_dim: int = 64
     similarity: str = "dot"
+    item_bias: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         check("model.embedding_dim", self.embedding_dim, self.embedding_dim >= 4, "at least 4")
-        one_of("model.similarity", self.similarity, SIMILARITIES)
+        check_similarity(self.similarity, self.item_bias)
 
 
 @dataclass
@@ -191,5 +193,8 @@ class TrainConfig:
 
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on: the model's config, not how it is trained."""
-        described = {"model": asdict(self.model), "max_seq_len": self.data.max_seq_len}
+        model = asdict(self.model)
+        if not self.model.item_bias:
+            del model["item_bias"]  # checkpoints older than the option are of this model
+        described = {"model": model, "max_seq_len": self.data.max_seq_len}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -131,7 +131,7 @@ class Trainer:
             "best_step": state.best_step,
             "valid_ndcg@10": state.best_value,
             **summarize_records(self.run_dir / "metrics.jsonl", state.best_step),
-            "num_parameters": count_parameters(self.model.module, self.num_items, self.config.model.embedding_dim),
+            "num_parameters": count_parameters(self.model.module, self.num_items),
         }
 
     def train_epoch(self) -> None:
