@@ -32,6 +32,8 @@ class TrainingOutput(NamedTuple):
     """Query before each target, ``[T - B, Q]``."""
     positive: Tensor
     """Item vector of each target, ``[T - B, Q]``."""
+    aim: Tensor
+    """Mean item vector of the target and of what follows it within the horizon, ``[T - B, Q]``."""
     target_ids: Tensor
     """int64 ``[T - B]``."""
     negatives: Tensor
@@ -86,7 +88,9 @@ class SequenceModel(nn.Module):
         """Give what the encoder reads of table rows ``[*, R]``: ``[*, D]``."""
         return rows[..., : self.encoder.width]
 
-    def forward(self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor) -> TrainingOutput:
+    def forward(
+        self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, horizon: int = 1, horizon_decay: float = 0.5
+    ) -> TrainingOutput:
         """Encode sequences for training: every item but a sequence's first is the target of the item before it.
 
         A causal encoder trains on all of these pairs from one pass; the lookup of the history brings the targets'
@@ -97,6 +101,8 @@ class SequenceModel(nn.Module):
             item_ids: int64 ``[T]``, sequences of at least two items (or none).
             offsets: int64 ``[B + 1]``.
             negative_ids: int64 ``[K]``.
+            horizon: how many of the following items a position aims at, where its sequence has them.
+            horizon_decay: weight of each of them in proportion to the one before.
         """
         rows, negatives = self.table(item_ids, negative_ids)
         is_last = torch.zeros(item_ids.size(0), dtype=torch.bool, device=item_ids.device)
@@ -109,8 +115,10 @@ class SequenceModel(nn.Module):
         if not self.encoder.causal:
             targets = offsets[1:] - 1
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
-        positive, negatives = self.item_vectors(gather_rows(rows, targets)), self.item_vectors(negatives)
-        return TrainingOutput(self.query_vectors(hidden), positive, item_ids[targets], negatives)
+        vectors, negatives = self.item_vectors(rows), self.item_vectors(negatives)
+        positive = gather_rows(vectors, targets)
+        aim = positive if horizon == 1 else _mean_ahead(vectors, targets, offsets, horizon, horizon_decay)
+        return TrainingOutput(self.query_vectors(hidden), positive, aim, item_ids[targets], negatives)
 
     def encode(self, item_ids: Tensor, offsets: Tensor, more_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode whole histories.
@@ -127,3 +135,14 @@ class SequenceModel(nn.Module):
         rows, more = self.table(item_ids, more_ids)
         hidden = last_of_each(self.encoder(self.embeddings(rows), offsets), offsets)
         return self.query_vectors(hidden), self.item_vectors(more)
+
+
+def _mean_ahead(vectors: Tensor, rows: Tensor, offsets: Tensor, horizon: int, decay: float) -> Tensor:
+    """Average the vectors of ``horizon`` items from each of ``rows`` on, within its sequence; the k-th weighs decay^k."""
+    last = torch.repeat_interleave(offsets[1:] - 1, lengths_from_offsets(offsets))[rows]
+    total, weight = vectors.index_select(0, rows), torch.ones_like(vectors[rows, :1])
+    for k in range(1, horizon):
+        here = (rows + k <= last).unsqueeze(1).to(vectors.dtype) * decay**k
+        total = total + here * vectors.index_select(0, torch.minimum(rows + k, last))
+        weight = weight + here
+    return total / weight

@@ -116,12 +116,11 @@ def test_plot_names_every_mark(tmp_path):
 
 @pytest.mark.parametrize("name", ["beauty", "ml1m", "ablation"])
 def test_lists_compose(name):
-    """All their overrides but the experiment, whose data nobody has here."""
     listed = yaml.safe_load((REPOSITORY / "configs" / "leaderboard" / f"{name}.yaml").read_text())
     assert len({entry["name"] for entry in listed["entries"]}) == len(listed["entries"]) >= 4
     for entry in listed["entries"]:
-        overrides = [override for override in entry["overrides"] if not override.startswith("experiment=")]
-        compose("train", TrainConfig, [*overrides, "data.path=d", "output=o"])
+        compose("train", TrainConfig, [*entry["overrides"], "data.path=d", "output=o"])
+        assert entry.get("init_from", listed["entries"][0]["name"]) in [other["name"] for other in listed["entries"]]
     for anchor in listed.get("published", []):
         assert set(anchor["figures"]) == {"hr@10", "ndcg@10"}
         assert anchor["source"]
@@ -251,7 +250,12 @@ def test_changed_override_is_refused(done, dataset_dir, tmp_path):
 @pytest.mark.programs
 def test_failure_is_reported_and_the_rest_runs(dataset_dir, tmp_path):
     """The failing entry comes first; later a table is made of what there is."""
-    entries = [{"name": "wrong", "overrides": ["experiment=smoke", "++model.options.nonsense=1"]}, LIST["entries"][1]]
+    entries = [
+        {"name": "wrong", "overrides": ["experiment=smoke", "++model.options.nonsense=1"]},
+        LIST["entries"][1],
+        {"name": "on", "overrides": ["experiment=smoke"], "init_from": "wrong"},
+        {"name": "more", "overrides": ["experiment=smoke", "model=sasrec"], "init_from": "SASRec (attention)"},
+    ]
     list_file = write_list(tmp_path / "list.yaml", entries=entries)
     result = leaderboard(list_file, dataset_dir, tmp_path / "out", "seeds=3")
     log = tmp_path / "out/runs/wrong/seed-3/train.log"
@@ -261,8 +265,11 @@ def test_failure_is_reported_and_the_rest_runs(dataset_dir, tmp_path):
     )
     assert "nonsense" in log.read_text()
     board = json.loads((tmp_path / "out/leaderboard.json").read_text())
-    assert [(run["entry"], run["seed"]) for run in board["runs"]] == [("SASRec (attention)", 3)]
-    assert board["missing"] == ["wrong, seed 3"]
+    assert [(run["entry"], run["seed"]) for run in board["runs"]] == [("SASRec (attention)", 3), ("more", 3)]
+    assert board["missing"] == ["wrong, seed 3", "on, seed 3"]
+    assert "failed: on, seed 3: wrong, seed 3, which it starts from, failed" in result.stderr
+    more = (tmp_path / "out/runs/more/seed-3/run/config.yaml").read_text()
+    assert f"init_from: {tmp_path / 'out/runs/sasrec-attention/seed-3/run'}" in more
     (tmp_path / "out/leaderboard.md").unlink()
     result = leaderboard(list_file, dataset_dir, tmp_path / "out", "seeds=3", "--table-only")
     assert result.returncode == 0, result.stderr

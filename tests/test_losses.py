@@ -33,6 +33,10 @@ def sampled(query, items, target_ids, negative_ids, log_q, temperature=1.0):
     return sampled_softmax(query, items[target_ids], items[negative_ids], target_ids, negative_ids, log_q, temperature)
 
 
+def full(query, items, target_ids, *options, **named):
+    return full_softmax(query, items[target_ids], items, *options, **named)
+
+
 # --- sampled
 
 
@@ -141,9 +145,7 @@ def test_sampled_gradcheck():
 def test_large_scores_stay_finite(loss):
     query, items, target_ids = [x.float() if x.is_floating_point() else x for x in draw(scale=1e4)]
     query.requires_grad_()
-    losses = (
-        full_softmax(query, items, target_ids) if loss == "full" else sampled(query, items, target_ids, torch.arange(23), 0.0)
-    )
+    losses = full(query, items, target_ids) if loss == "full" else sampled(query, items, target_ids, torch.arange(23), 0.0)
     assert bool(losses.isfinite().all())
     (gradient,) = torch.autograd.grad(losses.sum(), query)
     assert bool(gradient.isfinite().all())
@@ -154,7 +156,7 @@ def test_no_targets():
     none = torch.empty(0, dtype=torch.int64)
     for losses in (
         sampled(query.requires_grad_(), items.requires_grad_(), none, torch.arange(4), -1.0),
-        full_softmax(query, items, none),
+        full(query, items, none),
     ):
         assert losses.shape == (0,)
         gradients = torch.autograd.grad(losses.sum(), [query, items])
@@ -178,7 +180,7 @@ def blocks(request, monkeypatch):
 def test_full_equals_cross_entropy(num_targets, num_items, temperature):
     query, items, target_ids = draw(num_targets, num_items)
     leaves = [query.requires_grad_(), items.requires_grad_()]
-    loss = full_softmax(query, items, target_ids, temperature)
+    loss = full(query, items, target_ids, temperature)
     exact = functional.cross_entropy(query @ items.t() / temperature, target_ids, reduction="none")
     assert_close(loss, exact, rtol=1e-12, atol=1e-12)
     for weights in (torch.ones_like(loss), torch.linspace(-1, 2, num_targets, dtype=torch.float64)):
@@ -192,7 +194,19 @@ def test_full_gradcheck():
     query, items, target_ids = draw(num_targets=4, num_items=9)
     target_ids[1] = target_ids[0]  # a target may repeat
     inputs = [query.requires_grad_(), items.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda query, items: full_softmax(query, items, target_ids, 0.7), inputs)
+    assert torch.autograd.gradcheck(lambda query, items: full(query, items, target_ids, 0.7), inputs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_aim_is_the_mean_loss_of_several_targets(temperature):
+    """-log softmax is linear in the target's vector, so the loss at a weighted mean is the weighted mean of the losses."""
+    query, items, first = draw()
+    second, negatives, weight = first.flip(0), torch.arange(23), 0.7
+    aim = weight * items[first] + (1 - weight) * items[second]
+    expected = weight * full(query, items, first, temperature) + (1 - weight) * full(query, items, second, temperature)
+    assert_close(full_softmax(query, aim, items, temperature), expected, rtol=1e-12, atol=1e-12)
+    sampled_loss = sampled_softmax(query, items[first], items, first, negatives, 0.0, temperature, aim)
+    assert_close(sampled_loss, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_full_in_bf16():
@@ -200,8 +214,8 @@ def test_full_in_bf16():
     torch.manual_seed(0)
     query, items = torch.randn(300, 16, requires_grad=True), torch.randn(5000, 16, requires_grad=True)
     target_ids = torch.randint(5000, (300,))
-    exact = full_softmax(query, items, target_ids)
-    rounded = full_softmax(query, items, target_ids, precision="bf16")
+    exact = full(query, items, target_ids)
+    rounded = full(query, items, target_ids, precision="bf16")
     assert_close(rounded, exact, rtol=0, atol=2**-8 * 16)
     ours, theirs = (torch.autograd.grad(loss.sum(), [query, items]) for loss in (rounded, exact))
     for own, true in zip(ours, theirs):
@@ -224,7 +238,7 @@ def test_full_never_holds_all_logits(monkeypatch):
 
     query, items, target_ids = draw(num_targets=40, num_items=50, width=2)
     with Largest():
-        full_softmax(query.requires_grad_(), items.requires_grad_(), target_ids).sum().backward()
+        full(query.requires_grad_(), items.requires_grad_(), target_ids).sum().backward()
     assert largest == max(query.numel(), items.numel())  # 100, where the logits are 2000
 
 
@@ -232,7 +246,7 @@ def test_full_in_float32():
     query, items, target_ids = draw(num_targets=64, num_items=300, width=32)
     truth = functional.cross_entropy(query @ items.t(), target_ids, reduction="none")
     plain = functional.cross_entropy(query.float() @ items.float().t(), target_ids, reduction="none")
-    ours = full_softmax(query.float(), items.float(), target_ids)
+    ours = full(query.float(), items.float(), target_ids)
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6
 

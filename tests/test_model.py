@@ -69,6 +69,24 @@ def test_causal_pairs(similarity):
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
+def test_aim_is_the_mean_of_what_follows(similarity):
+    """Against a plain loop over sequences and positions; one item ahead it is the target itself."""
+    model, lengths = make(similarity), [5, 2, 3, 9]
+    item_ids, offsets = batch(lengths)
+    with torch.no_grad():
+        for horizon, decay in ((1, 0.5), (2, 0.5), (4, 0.3), (100, 1.0)):
+            expected = []
+            for member in item_ids.split(lengths):
+                vectors = model.item_vectors(model.table.weight[member])
+                for n in range(1, len(member)):
+                    weights = [decay**k for k in range(min(horizon, len(member) - n))]
+                    expected.append(sum(w * vectors[n + k] for k, w in enumerate(weights)) / sum(weights))
+            output = model(item_ids, offsets, NEGATIVES, horizon, decay)
+            assert_close(output.aim, torch.stack(expected), rtol=1e-12, atol=1e-12)
+        assert torch.equal(model(item_ids, offsets, NEGATIVES).aim, output.positive)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "bias"])
 def test_bidirectional_trains_on_the_last_item_alone(similarity):
     model, lengths = make(similarity, causal=False), [5, 2, 19]
     item_ids, offsets = batch(lengths)

@@ -50,12 +50,14 @@ class Entry:
     Attributes:
         name: its row, and its folder.
         overrides: of launch/train.py.
+        init_from: name of an earlier entry, with whose best weights, of the same seed, training starts.
         group: a column of the table; entries of a group share a color in the plot.
         note: a sentence below the table.
     """
 
     name: str = MISSING
     overrides: list[str] = field(default_factory=list)
+    init_from: str = ""
     group: str = ""
     note: str = ""
 
@@ -101,6 +103,8 @@ class Pair:
     folder: Path
     arguments: list[str]
     config: TrainConfig
+    base: "Pair | None" = None
+    """Must have ended before this one begins: it starts with the base's weights."""
 
     def __str__(self) -> str:
         return f"{self.entry.name}, seed {self.seed}"
@@ -125,14 +129,19 @@ def plan(listed: LeaderboardList, seeds: list[int], common: list[str], data_path
     for entry, name in zip(listed.entries, folders):
         check("name of an entry", entry.name, bool(name) and folders.count(name) == 1, "given once, with letters or digits")
     check("seeds", seeds, len(set(seeds)) == len(seeds) > 0, "different numbers, at least one")
-    pairs = []
+    pairs: list[Pair] = []
     for seed in seeds:
         for entry, name in zip(listed.entries, folders):
+            bases = [pair for pair in pairs if (pair.entry.name, pair.seed) == (entry.init_from, seed)]
+            if entry.init_from and not bases:
+                raise InputError(f"entry {entry.name!r}: init_from is {entry.init_from!r}, which is no entry before it")
             folder = output / "runs" / name / f"seed-{seed}"
             fixed = [f"data.path={data_path}", f"output={folder / 'run'}", f"trainer.seed={seed}", "trainer.resume=true"]
+            fixed += [f"trainer.init_from={base.folder / 'run'}" for base in bases]
             arguments = [*entry.overrides, *common, *fixed]
             try:
-                pairs.append(Pair(entry, seed, folder, arguments, compose("train", TrainConfig, arguments)))
+                config = compose("train", TrainConfig, arguments)
+                pairs.append(Pair(entry, seed, folder, arguments, config, bases[0] if bases else None))
             except InputError as error:
                 raise InputError(f"entry {entry.name!r}: {error}") from error
     return pairs
@@ -176,9 +185,11 @@ def run_pairs(pairs: list[Pair], jobs: int, lock: int) -> dict[str, str]:
     failures: dict[str, str] = {}
     processes: dict[str, tuple[subprocess.Popen, Path]] = {}  # those that run now, with their logs
     with ThreadPoolExecutor(jobs) as pool:
-        futures: dict[Future[None], Pair] = {
-            pool.submit(run_pair, pair, jobs, environment, lock, processes): pair for pair in waiting
-        }
+        submitted: dict[str, Future[None]] = {}
+        for pair in waiting:  # in order: a base has a thread before those that wait for it
+            base = submitted.get(str(pair.base))
+            submitted[str(pair)] = pool.submit(run_pair, pair, jobs, environment, lock, processes, base)
+        futures = {submitted[str(pair)]: pair for pair in waiting}
         pending = set(futures)
         try:
             while pending:
@@ -201,12 +212,14 @@ def run_pairs(pairs: list[Pair], jobs: int, lock: int) -> dict[str, str]:
     return failures
 
 
-def run_pair(pair: Pair, jobs: int, environment: dict[str, str], lock: int, processes: dict) -> None:
-    """Train, evaluate on test, and write ``result.json``.
+def run_pair(pair: Pair, jobs: int, environment: dict[str, str], lock: int, processes: dict, base: Future[None] | None) -> None:
+    """Wait for the ``base``, if there is one, train, evaluate on test, and write ``result.json``.
 
     Raises:
         FailedProgram: with the program's last line and where its output is.
     """
+    if base is not None and base.exception() is not None:
+        raise FailedProgram(f"{pair.base}, which it starts from, failed")
     start = time.monotonic()
     run_dir, evaluation = pair.folder / "run", pair.folder / "evaluation.json"
     pair.folder.mkdir(parents=True, exist_ok=True)
@@ -371,7 +384,9 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
             yield from walk(f"{prefix}.{key}" if prefix else key, inner)
 
     places = ("output", "data.path", "trainer.resume")
-    return {key: value for key, value in walk("", asdict(config)) if key not in places}
+    flat = {key: value for key, value in walk("", asdict(config)) if key not in places}
+    flat["trainer.init_from"] = bool(flat["trainer.init_from"])  # a run of the same board, wherever that lies
+    return flat
 
 
 def _integers(key: str, text: str) -> list[int]:

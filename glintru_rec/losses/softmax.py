@@ -23,10 +23,11 @@ def sampled_softmax(
     negative_ids: Tensor,
     log_q: Tensor | float | None,
     temperature: float = 1.0,
+    aim: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy against a sample of the catalog.
 
-        loss = -s⁺ + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
+        loss = -s_aim + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
 
     With ``log_q_j`` the log of how often item j is expected in the sample, the sum is an unbiased estimate of the
     sum over all other items: the positive was not sampled and is not corrected (arXiv 2507.09331). With the whole
@@ -41,6 +42,7 @@ def sampled_softmax(
         negative_ids: int64 ``[K]``.
         log_q: log of the expected count of each negative in the sample, ``[K]`` or one for all; None: no correction.
         temperature: divides the scores.
+        aim: vector whose score is s_aim, ``[T, D]``: the mean of several targets' embeddings; ``positive`` when absent.
 
     Returns:
         One loss per target, ``[T]``; float32 where the inputs are narrower.
@@ -54,32 +56,36 @@ def sampled_softmax(
     accidental_hits = target_ids.unsqueeze(1) == negative_ids
     negative_score = negative_score.masked_fill(accidental_hits, -torch.inf)
     scores = torch.cat([positive_score, negative_score], dim=1)
-    return torch.logsumexp(scores, dim=1) - positive_score.squeeze(1)
+    aim_score = positive_score.squeeze(1) if aim is None else (query * aim).to(wide).sum(1)
+    return torch.logsumexp(scores, dim=1) - aim_score
 
 
-def full_softmax(query: Tensor, items: Tensor, target_ids: Tensor, temperature: float = 1.0, precision: str = "fp32") -> Tensor:
+def full_softmax(query: Tensor, aim: Tensor, items: Tensor, temperature: float = 1.0, precision: str = "fp32") -> Tensor:
     """Softmax cross-entropy over the whole catalog, block by block: the ``[T, V]`` logits never exist at once.
+
+        loss = -s⁺ + log Σ_v exp(s_v),   s = query · item / temperature
 
     Args:
         query: ``[T, D]``.
+        aim: vector whose score is s⁺, ``[T, D]``: the target's, or the mean of several targets' (their mean loss).
         items: embedding of every item, ``[V, D]``.
-        target_ids: rows of ``items``, int64 ``[T]``.
         temperature: divides the scores.
         precision: ``bf16`` rounds the factors of the logits' products, and of their gradients', to bfloat16 and sums in
-            fp32, on CPUs that can (AMX, AVX512_BF16); the targets' own scores and all else stay fp32.
+            fp32, on CPUs that can (AMX, AVX512_BF16); the aim's score and all else stay fp32.
 
     Returns:
         One loss per target, ``[T]``.
     """
-    return _FullSoftmax.apply(query / temperature, items, target_ids, precision)
+    query = query / temperature
+    return _LogSumExp.apply(query, items, precision) - (query * aim).sum(1)
 
 
-class _FullSoftmax(torch.autograd.Function):
-    """loss_t = logsumexp_v(q_t · e_v) - q_t · e_target.
+class _LogSumExp(torch.autograd.Function):
+    """l_t = log Σ_v exp(q_t · e_v).
 
-    With p_tv = exp(q_t · e_v) / Σ_u exp(q_t · e_u)::
+    With p_tv = exp(q_t · e_v - l_t)::
 
-        ∂/∂q_t = Σ_v p_tv e_v - e_target        ∂/∂e_v = Σ_t p_tv q_t - Σ_{t: target = v} q_t.
+        ∂l_t/∂q_t = Σ_v p_tv e_v        ∂ Σ_t l_t / ∂e_v = Σ_t p_tv q_t
 
     Where a row of logits fits into one block, both sums are taken while the block is there, as for losses that weigh the
     same; that is a matmul and an exponential fewer. Otherwise, and where losses turn out to weigh differently, the logits
@@ -87,7 +93,7 @@ class _FullSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, items: Tensor, target_ids: Tensor, precision: str):
+    def forward(ctx, query: Tensor, items: Tensor, precision: str):
         log_sum = query.new_full((query.size(0),), -torch.inf)
         at_once = items.size(0) <= COLUMNS and any(ctx.needs_input_grad)
         expected_item = torch.empty_like(query) if at_once else query[:0]  # Σ_v p_tv e_v
@@ -100,27 +106,24 @@ class _FullSoftmax(torch.autograd.Function):
                     torch.mm(logits, items, out=expected_item[rows]).div_(total)
                     expected_query.addmm_(logits.t(), query[rows] / total)
                 torch.logaddexp(log_sum[rows], (total.log_() + largest).squeeze(1), out=log_sum[rows])
-        ctx.save_for_backward(query, items, target_ids, log_sum, expected_item, expected_query)
+        ctx.save_for_backward(query, items, log_sum, expected_item, expected_query)
         ctx.at_once, ctx.precision = at_once, precision
-        return log_sum - (query * items[target_ids]).sum(1)
+        return log_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
-        query, items, target_ids, log_sum, expected_item, expected_query = ctx.saved_tensors
+        query, items, log_sum, expected_item, expected_query = ctx.saved_tensors
         weight = grads[0].unsqueeze(1)
         if ctx.at_once and bool((weight == weight[:1]).all()):
-            grad_query = (expected_item - items[target_ids]) * weight
-            return grad_query, expected_query.index_add(0, target_ids, query, alpha=-1) * weight[:1].sum(), None, None
-        grad_query = -weight * items[target_ids]
-        grad_items = torch.zeros_like(items)
+            return expected_item * weight, expected_query * weight[:1].sum(), None
+        grad_query, grad_items = torch.zeros_like(query), torch.zeros_like(items)
         with _cpu_matmuls(ctx.precision):
             for rows, columns, logits in _blocks(query, items):
                 softmax = logits.sub_(log_sum[rows].unsqueeze(1)).exp_().mul_(weight[rows])
                 grad_query[rows].addmm_(softmax, items[columns])
                 grad_items[columns].addmm_(softmax.t(), query[rows])
-        grad_items.index_add_(0, target_ids, -weight * query)
-        return grad_query, grad_items, None, None
+        return grad_query, grad_items, None
 
 
 def _blocks(query: Tensor, items: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -63,6 +63,9 @@ class LossConfig:
         num_negatives: negatives that a rank's batch shares; as many as the catalog has items, or more, means all items.
         logq_correction: correct for the probability with which negatives were drawn.
         temperature: divides the scores.
+        horizon: each position is to predict this many of the items that follow it: 1, the next one; 2 or 3 help where few
+            events are known of an item and their order says little.
+        horizon_decay: weight of each of them in proportion to the one before.
         precision: of the matrix products of ``full_softmax`` on a CPU: ``fp32``, or ``bf16`` factors summed in fp32
             (about twice as fast on CPUs with AMX).
     """
@@ -71,10 +74,14 @@ class LossConfig:
     num_negatives: int = 1024
     logq_correction: bool = True
     temperature: float = 1.0
+    horizon: int = 1
+    horizon_decay: float = 0.5
     precision: str = "fp32"
 
     def __post_init__(self):
         one_of("loss.name", self.name, ("sampled_softmax", "full_softmax"))
+        check("loss.horizon", self.horizon, self.horizon >= 1, "at least 1")
+        check("loss.horizon_decay", self.horizon_decay, 0 < self.horizon_decay <= 1, "greater than 0 and at most 1")
         one_of("loss.precision", self.precision, PRECISIONS)
         check("loss.num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1")
         check("loss.temperature", self.temperature, 0 < self.temperature < math.inf, "greater than 0 and finite")

@@ -182,13 +182,12 @@ class Trainer:
             negative_ids = torch.arange(self.num_items, device=self.device)
         else:
             negative_ids = uniform_negatives(self.num_items, loss.num_negatives).to(self.device)
-        output = self.model(batch.item_ids, batch.offsets, negative_ids)
+        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
         if whole_catalog:
-            return full_softmax(output.query, output.negatives, output.target_ids, loss.temperature, loss.precision)
+            return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
         log_q = uniform_log_q(self.num_items, loss.num_negatives) if loss.logq_correction else None
-        return sampled_softmax(
-            output.query, output.positive, output.negatives, output.target_ids, negative_ids, log_q, loss.temperature
-        )
+        query, positive, aim, target_ids, negatives = output
+        return sampled_softmax(query, positive, negatives, target_ids, negative_ids, log_q, loss.temperature, aim)
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet, and whether to stop."""
