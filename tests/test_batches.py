@@ -161,6 +161,7 @@ def test_tensors_are_int64(every_position):
 
 class Passing(Encoder):
     causal = True
+    width = 1
 
     def forward(self, x, offsets):
         return x
@@ -204,3 +205,20 @@ def test_no_targets(lengths):
     items, offsets = np.zeros(sum(lengths), np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     with pytest.raises(InputError, match="no training sequence of two items or more"):
         TrainingBatches(items, offsets, 5, 10, 0)
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 3), st.sampled_from([0.0, 0.4, 1.0]))
+def test_backwards_is_the_same_windows_turned(lengths, max_seq_len, first_step, share):
+    """In the first epochs only; nothing else of an epoch changes, and a resumed one sees the same."""
+    options = {"reversed_share": share, "reversed_epochs": 2}
+    for epoch in (1, 2):
+        plain = make(lengths, max_seq_len, max_seq_len + 9).epoch(epoch)
+        turned = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch))
+        for before, after in zip(plain, turned, strict=True):
+            assert torch.equal(before.offsets, after.offsets)
+            for member, other in zip(members(before), members(after), strict=True):
+                both = [member, member[::-1]]
+                assert other in ({0.0: both[:1], 0.4: both, 1.0: both[1:]}[share] if epoch < 2 else both[:1])
+        resumed = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch, first_step))
+        assert all(torch.equal(a.item_ids, b.item_ids) for a, b in zip(turned[first_step:], resumed, strict=True))

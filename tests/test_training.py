@@ -281,6 +281,7 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
         (["table.weight_decay=0.1"], "ignores it"),
         (["trainer.batch_targets=16"], "trainer.batch_targets is 16"),
+        (["data.reversed_share=2"], "data.reversed_share is 2.0; it must be from 0 to 1"),
         (["loss.horizon=0"], "loss.horizon is 0; it must be at least 1"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),
         (["optimizer.ema_decay=0.9"], "optimizer.ema_decay=0.9 needs table.sharding=replicated"),

@@ -63,6 +63,8 @@ class Trainer:
             self.rank,
             self.world_size,
             every_position=self.model.module.encoder.causal,
+            reversed_share=config.data.reversed_share,
+            reversed_epochs=config.data.reversed_epochs,
         )
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
