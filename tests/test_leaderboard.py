@@ -114,7 +114,7 @@ def test_plot_names_every_mark(tmp_path):
     assert text == (tmp_path / "b.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["beauty", "ml1m", "ablation"])
+@pytest.mark.parametrize("name", ["beauty", "ml1m", "ablation_beauty", "ablation_ml1m"])
 def test_lists_compose(name):
     listed = yaml.safe_load((REPOSITORY / "configs" / "leaderboard" / f"{name}.yaml").read_text())
     assert len({entry["name"] for entry in listed["entries"]}) == len(listed["entries"]) >= 4
