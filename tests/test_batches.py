@@ -91,6 +91,17 @@ def test_one_target_a_sequence(lengths, max_seq_len, slack, world_size, epoch):
     assert make(lengths, max_seq_len, batch_targets, **options).num_steps(epoch) == len(batches[0])
 
 
+@laws
+@given(histories, st.booleans())
+def test_target_counts(lengths, every_position):
+    """Of an epoch: the targets themselves, or what any of a sequence's is in the mean."""
+    batches = make(lengths, every_position=every_position)
+    expected = np.zeros(1000 * len(lengths))
+    for item in targets(lengths):
+        expected[item] = 1 if every_position else 1 / (lengths[item // 1000] - 1)
+    np.testing.assert_array_equal(batches.target_counts(1000 * len(lengths)), expected)
+
+
 def test_prefixes_end_anywhere():
     batches = make([4], every_position=False)
     ends = Counter(members(next(batches.epoch(epoch)))[0][-1] for epoch in range(60))

@@ -96,6 +96,14 @@ class TrainingBatches:
         sizes = num_targets[rng.permutation(starts.size)] if self.every_position else np.ones_like(num_targets)
         return -(-(len(self._pack(sizes)) - 1) // self.world_size)
 
+    def target_counts(self, num_items: int) -> np.ndarray:
+        """Count how often each item is expected to be a target in an epoch: float64 ``[num_items]``."""
+        lengths = np.diff(self.offsets)
+        chance = np.ones(lengths.size) if self.every_position else 1 / np.maximum(lengths - 1, 1)
+        weights = np.repeat(chance, lengths)
+        weights[self.offsets[:-1][lengths > 0]] = 0  # nothing comes before a sequence's first item
+        return np.bincount(self.items, weights, num_items)
+
     def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""
         size = self.max_seq_len

@@ -13,13 +13,13 @@ from glintru_rec.data.batches import Batch, TrainingBatches
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json
-from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uniform_negatives
+from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.build import build_distributed, check_vocabulary, warm_start
+from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
@@ -64,6 +64,8 @@ class Trainer:
             self.world_size,
             every_position=self.model.module.encoder.causal,
         )
+        whole_catalog = config.loss.over_whole_catalog(self.num_items)
+        self.negatives = None if whole_catalog else build_negatives(config.loss, dataset, self.batches)
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
@@ -177,17 +179,16 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
-        whole_catalog = loss.name == "full_softmax" or loss.num_negatives >= self.num_items
-        if whole_catalog:
-            negative_ids = torch.arange(self.num_items, device=self.device)
-        else:
-            negative_ids = uniform_negatives(self.num_items, loss.num_negatives).to(self.device)
-        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
-        if whole_catalog:
+        if self.negatives is None:
+            everything = torch.arange(self.num_items, device=self.device)
+            output = self.model(batch.item_ids, batch.offsets, everything, loss.horizon, loss.horizon_decay)
             return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
-        log_q = uniform_log_q(self.num_items, loss.num_negatives) if loss.logq_correction else None
+        target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
+        negative_ids, log_q = (drawn.to(self.device) for drawn in self.negatives.draw(target_ids.cpu()))
+        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
         query, positive, aim, target_ids, negatives = output
-        return sampled_softmax(query, positive, negatives, target_ids, negative_ids, log_q, loss.temperature, aim)
+        correction = log_q if loss.logq_correction else None
+        return sampled_softmax(query, positive, negatives, target_ids, negative_ids, correction, loss.temperature, aim)
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet, and whether to stop."""
