@@ -91,15 +91,21 @@ def test_one_target_a_sequence(lengths, max_seq_len, slack, world_size, epoch):
     assert make(lengths, max_seq_len, batch_targets, **options).num_steps(epoch) == len(batches[0])
 
 
-@laws
-@given(histories, st.booleans())
-def test_target_counts(lengths, every_position):
-    """Of an epoch: the targets themselves, or what any of a sequence's is in the mean."""
-    batches = make(lengths, every_position=every_position)
-    expected = np.zeros(1000 * len(lengths))
-    for item in targets(lengths):
-        expected[item] = 1 if every_position else 1 / (lengths[item // 1000] - 1)
-    np.testing.assert_array_equal(batches.target_counts(1000 * len(lengths)), expected)
+@pytest.mark.parametrize("reversed_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("every_position", [True, False])
+def test_target_counts(every_position, reversed_share):
+    """What an epoch's targets are in the mean over many, within 5 sigma; exactly, where nothing is left to chance."""
+    lengths, epochs = [1, 2, 0, 3, 13, 7], 1000
+    batches = make(lengths, every_position=every_position, reversed_share=reversed_share, reversed_epochs=epochs)
+    found = np.zeros((epochs, 6000))
+    for epoch in range(epochs):
+        for member in windows([list(batches.epoch(epoch))]):
+            np.add.at(found[epoch], member[1:] if every_position else member[-1:], 1)
+    sigma = found.std(0) / epochs**0.5
+    assert (np.abs(found.mean(0) - batches.target_counts(6000, 0)) <= 5 * sigma + 1e-12).all()
+    assert sigma.any() != (every_position and reversed_share in (0, 1))
+    in_order = make(lengths, every_position=every_position)
+    np.testing.assert_array_equal(batches.target_counts(6000, epochs), in_order.target_counts(6000, 0))
 
 
 def test_prefixes_end_anywhere():
@@ -172,6 +178,7 @@ def test_tensors_are_int64(every_position):
 
 class Passing(Encoder):
     causal = True
+    width = 1
 
     def forward(self, x, offsets):
         return x
@@ -215,3 +222,20 @@ def test_no_targets(lengths):
     items, offsets = np.zeros(sum(lengths), np.int64), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     with pytest.raises(InputError, match="no training sequence of two items or more"):
         TrainingBatches(items, offsets, 5, 10, 0)
+
+
+@laws
+@given(histories, st.integers(1, 9), st.integers(0, 3), st.sampled_from([0.0, 0.4, 1.0]))
+def test_backwards_is_the_same_windows_turned(lengths, max_seq_len, first_step, share):
+    """In the first epochs only; nothing else of an epoch changes, and a resumed one sees the same."""
+    options = {"reversed_share": share, "reversed_epochs": 2}
+    for epoch in (1, 2):
+        plain = make(lengths, max_seq_len, max_seq_len + 9).epoch(epoch)
+        turned = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch))
+        for before, after in zip(plain, turned, strict=True):
+            assert torch.equal(before.offsets, after.offsets)
+            for member, other in zip(members(before), members(after), strict=True):
+                both = [member, member[::-1]]
+                assert other in ({0.0: both[:1], 0.4: both, 1.0: both[1:]}[share] if epoch < 2 else both[:1])
+        resumed = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch, first_step))
+        assert all(torch.equal(a.item_ids, b.item_ids) for a, b in zip(turned[first_step:], resumed, strict=True))

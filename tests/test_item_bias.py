@@ -88,7 +88,7 @@ def test_loss_and_gradients(encoder, loss):
     targets = torch.cat([sequence[1:] for sequence in sequences])
     logits = plain_scores(model.encoder, model.table.weight, prefixes)
     if loss == "full":
-        ours = full_softmax(output.query, output.negatives, output.target_ids)
+        ours = full_softmax(output.query, output.aim, output.negatives)
         theirs = functional.cross_entropy(logits, targets, reduction="none")
     else:
         log_q = torch.randn(12, dtype=torch.float64)

@@ -325,6 +325,15 @@ def test_probabilities_sum_to_one(distribution):
     assert total.item() == pytest.approx(1, abs=1e-12)
 
 
+def test_popularity_at_the_ends_of_what_each_item_has(monkeypatch):
+    """No random number lets an item without events through: not the first one of an item, nor its last."""
+    distribution = Popularity(torch.tensor([0, 3, 0, 0, 1, 2, 0]))
+    first = distribution.cumulative[[1, 4, 5]]
+    last = distribution.cumulative[[2, 5, 6]] - 1
+    monkeypatch.setattr(torch, "randint", lambda high, *_, **__: torch.cat([first, last]))
+    assert distribution.draw(6).tolist() == [1, 4, 5, 1, 4, 5]
+
+
 def test_popularity_keeps_the_rarest():
     """One event among 10^12 has its chance, and powers neither overflow nor lose an item."""
     counts = torch.tensor([10**12, 1, 0])

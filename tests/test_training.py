@@ -253,6 +253,7 @@ from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.jagged import lengths_from_offsets, offsets_from_lengths
 from glintru_rec.losses import Negatives
 from glintru_rec.tables.sharding import local_rows
+from glintru_rec.training.build import build_negatives
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.trainer import Trainer
@@ -263,6 +264,7 @@ with process_group("cpu") as device:
         config = compose("train", TrainConfig, [*overrides, f"loss.negatives={negatives}"])
         trainer = Trainer(config, SequenceDataset.open(config.data.path), device)
         before = local_rows(trainer.model)[0].clone()
+        trainer.negatives = build_negatives(config.loss, trainer.dataset, trainer.batches, 0)
         batches, kept = trainer.batches.epoch(0), {}
         batch = next(batches)
         if dist.get_world_size() == 1:  # the union of what two ranks have
@@ -373,6 +375,7 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["loss.negatives=in_batch", "loss.logq_correction=false"], "loss.logq_correction is False; it must be true with"),
         (["loss.mixed_share=1"], "loss.mixed_share is 1.0; it must be greater than 0 and less than 1"),
         (["loss.popularity_power=-1"], "loss.popularity_power is -1.0; it must be at least 0"),
+        (["data.reversed_share=2"], "data.reversed_share is 2.0; it must be from 0 to 1"),
         (["loss.horizon=0"], "loss.horizon is 0; it must be at least 1"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),
         (["optimizer.ema_decay=0.9"], "optimizer.ema_decay=0.9 needs table.sharding=replicated"),

@@ -42,6 +42,9 @@ class TrainingBatches:
         world_size: number of processes; batch i of the epoch goes to rank ``i % world_size``.
         every_position: whether each item is a target (causal encoders). Otherwise an epoch has one target per
             sequence: the last item of a prefix whose end is drawn anew each epoch.
+        reversed_share: share of the windows that are read backwards, drawn anew each epoch ...
+        reversed_epochs: ... in this many epochs at the start. Items that occur together teach in both directions; the
+            epochs after these teach the true order.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
         every_position: bool = True,
+        reversed_share: float = 0.0,
+        reversed_epochs: int = 0,
     ):
         check("trainer.batch_targets", batch_targets, batch_targets >= 1, "at least 1")
         if batch_targets < max_seq_len and every_position:
@@ -64,6 +69,7 @@ class TrainingBatches:
         self.items, self.offsets = items, offsets
         self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
         self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
+        self.reversed_share, self.reversed_epochs = reversed_share, reversed_epochs
         lengths = np.diff(offsets)
         self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
         if not self.num_targets.size:
@@ -72,7 +78,8 @@ class TrainingBatches:
     def fingerprint(self) -> str:
         """Hash all that decides an epoch's batches."""
         decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position, self.world_size)
-        return hashlib.sha256(repr((*decisive, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
+        turned = (self.reversed_share, self.reversed_epochs)
+        return hashlib.sha256(repr((*decisive, *turned, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of one epoch from ``first_step`` on; every rank yields equally many.
@@ -83,11 +90,12 @@ class TrainingBatches:
         starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
         order = rng.permutation(starts.size)
         starts, num_targets = starts[order], num_targets[order]
+        backwards = rng.random(starts.size) < self._reversed_share(epoch)
         bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
         for step in range(first_step, -(-(len(bounds) - 1) // self.world_size)):
             index = step * self.world_size + self.rank
             chosen = slice(bounds[index], bounds[index + 1]) if index + 1 < len(bounds) else slice(0, 0)
-            yield self._collate(starts[chosen], num_targets[chosen] + 1)
+            yield self._collate(starts[chosen], num_targets[chosen] + 1, backwards[chosen])
 
     def num_steps(self, epoch: int) -> int:
         """Count the steps of an epoch."""
@@ -96,13 +104,20 @@ class TrainingBatches:
         sizes = num_targets[rng.permutation(starts.size)] if self.every_position else np.ones_like(num_targets)
         return -(-(len(self._pack(sizes)) - 1) // self.world_size)
 
-    def target_counts(self, num_items: int) -> np.ndarray:
+    def target_counts(self, num_items: int, epoch: int) -> np.ndarray:
         """Count how often each item is expected to be a target in an epoch: float64 ``[num_items]``."""
         lengths = np.diff(self.offsets)
-        chance = np.ones(lengths.size) if self.every_position else 1 / np.maximum(lengths - 1, 1)
-        weights = np.repeat(chance, lengths)
-        weights[self.offsets[:-1][lengths > 0]] = 0  # nothing comes before a sequence's first item
-        return np.bincount(self.items, weights, num_items)
+        place, last = np.arange(self.items.size) - np.repeat(self.offsets[:-1], lengths), np.repeat(lengths - 1, lengths)
+        forwards, backwards = place > 0, place < last
+        if not self.every_position:  # each end of a prefix is as likely; read backwards, its first item is the target
+            kept = np.minimum(last, self.max_seq_len)
+            forwards = forwards / np.maximum(last, 1)
+            backwards = np.where(place == 0, kept, place <= last - kept) / np.maximum(last, 1)
+        share = self._reversed_share(epoch)
+        return np.bincount(self.items, (1 - share) * forwards + share * backwards, num_items)
+
+    def _reversed_share(self, epoch: int) -> float:
+        return self.reversed_share if epoch < self.reversed_epochs else 0.0
 
     def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""
@@ -130,8 +145,9 @@ class TrainingBatches:
             used = total[bounds[-1] - 1]
         return bounds
 
-    def _collate(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
+    def _collate(self, starts: np.ndarray, lengths: np.ndarray, backwards: np.ndarray) -> Batch:
         offsets = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Batch(torch.from_numpy(self.items[rows]), torch.from_numpy(offsets))
+        place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        place = np.where(np.repeat(backwards, lengths), np.repeat(lengths, lengths) - 1 - place, place)
+        return Batch(torch.from_numpy(self.items[np.repeat(starts, lengths) + place]), torch.from_numpy(offsets))

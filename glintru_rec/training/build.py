@@ -39,8 +39,8 @@ def build_distributed(config: TrainConfig, num_items: int, device: torch.device)
     return distribute(model, config.table, device)
 
 
-def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: TrainingBatches) -> NegativeSampler:
-    """Make the sampler of this rank's negatives, as ``loss`` says."""
+def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: TrainingBatches, epoch: int) -> NegativeSampler:
+    """Make the sampler of this rank's negatives in an epoch, as ``loss`` says."""
     num_items, num_draws = dataset.num_items, loss.num_negatives
     join = join_ids if loss.gather_negatives else None
     if loss.negatives == "uniform":
@@ -50,7 +50,7 @@ def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: Trainin
     if loss.negatives == "popularity":
         counts = torch.from_numpy(dataset.train_counts())
         return NegativeSampler(Popularity(counts, loss.popularity_power), num_draws, join=join)
-    targets = Popularity(torch.from_numpy(batches.target_counts(num_items)))
+    targets = Popularity(torch.from_numpy(batches.target_counts(num_items, epoch)))
     if loss.negatives == "in_batch":
         return NegativeSampler(targets=targets, join=join)
     from_batch = round(loss.mixed_share * num_draws)

@@ -22,13 +22,20 @@ class DataConfig:
     Attributes:
         path: a sequence dataset, made by ``launch/prepare.py``.
         max_seq_len: most items that the encoder reads, in training, evaluation and scoring: the latest ones.
+        reversed_share: share of the training histories that are read backwards in the first ``reversed_epochs``: helps
+            where few events are known of an item.
+        reversed_epochs: after these, all are read in order.
     """
 
     path: str = MISSING
     max_seq_len: int = 200
+    reversed_share: float = 0.0
+    reversed_epochs: int = 0
 
     def __post_init__(self):
         check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 1, "at least 1")
+        check("data.reversed_share", self.reversed_share, 0 <= self.reversed_share <= 1, "from 0 to 1")
+        check("data.reversed_epochs", self.reversed_epochs, self.reversed_epochs >= 0, "at least 0")
 
 
 @dataclass

@@ -63,9 +63,10 @@ class Trainer:
             self.rank,
             self.world_size,
             every_position=self.model.module.encoder.causal,
+            reversed_share=config.data.reversed_share,
+            reversed_epochs=config.data.reversed_epochs,
         )
-        whole_catalog = config.loss.over_whole_catalog(self.num_items)
-        self.negatives = None if whole_catalog else build_negatives(config.loss, dataset, self.batches)
+        self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
@@ -142,6 +143,8 @@ class Trainer:
         self.model.train()
         self.recorded = time.monotonic()
         self.steps_of_epoch = self.batches.num_steps(state.epoch)
+        if not self.whole_catalog:  # anew for every epoch: which items are targets may change
+            self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, state.epoch)
         for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
             self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
             state.step += 1
@@ -179,7 +182,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
-        if self.negatives is None:
+        if self.whole_catalog:
             everything = torch.arange(self.num_items, device=self.device)
             output = self.model(batch.item_ids, batch.offsets, everything, loss.horizon, loss.horizon_decay)
             return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
