@@ -74,6 +74,20 @@ def test_logq_by_hand():
     assert_close(sampled(*arguments, torch.tensor([math.log(0.5)])), torch.tensor([math.log(1 + 4)]))
 
 
+@pytest.mark.parametrize("with_aim", [False, True])
+def test_classic_correction_is_cross_entropy_over_corrected_scores(with_aim):
+    query, items, target_ids = draw()
+    generator = torch.Generator().manual_seed(3)
+    negative_ids = torch.tensor([v for v in range(23) if v not in target_ids])
+    log_q, positive_log_q = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (len(negative_ids), 7))
+    positive, aim = items[target_ids], items[target_ids] if with_aim else None
+    scores = torch.cat([(query * positive).sum(1, keepdim=True), query @ items[negative_ids].t()], dim=1)
+    corrected = scores - torch.cat([positive_log_q.unsqueeze(1), log_q.expand(7, -1)], dim=1)
+    exact = functional.cross_entropy(corrected, torch.zeros(7, dtype=torch.int64), reduction="none")
+    arguments = (query, positive, items[negative_ids], target_ids, negative_ids, log_q, 1.0, aim, positive_log_q)
+    assert_close(sampled_softmax(*arguments), exact, rtol=1e-12, atol=1e-12)
+
+
 def test_accidental_hits_change_nothing():
     query, items, target_ids = draw(num_targets=1)
     items.requires_grad_()
@@ -289,9 +303,10 @@ def test_negatives_come_as_often_as_log_q_says(name):
     repetitions, expected = 4000, EXPECTED[name].double()
     drawn = torch.zeros(14, dtype=torch.float64)
     for target_ids in torch.multinomial(COUNTS.double(), 8 * repetitions, replacement=True).split(8):
-        ids, log_q = SAMPLERS[name].draw(target_ids)
-        assert (ids.dtype, log_q.dtype) == (torch.int64, torch.float32)
+        ids, log_q, target_log_q = SAMPLERS[name].draw(target_ids)
+        assert (ids.dtype, log_q.dtype, target_log_q.dtype) == (torch.int64, torch.float32, torch.float32)
         assert_close(log_q.double().exp(), expected[ids], rtol=1e-6, atol=0)
+        assert_close(target_log_q.double().exp(), expected[target_ids], rtol=1e-6, atol=0)
         drawn += torch.bincount(ids, minlength=14)
     # The draws of one sample are at most as spread as independent ones, whose variance is their expected number or less.
     sigma = (expected / repetitions).sqrt()
@@ -313,8 +328,8 @@ def test_negatives_follow_the_seed(name):
 
 def test_negatives_beside_an_empty_batch():
     none = torch.empty(0, dtype=torch.int64)
-    assert [len(part) for part in SAMPLERS["in_batch"].draw(none)] == [0, 0]
-    ids, log_q = SAMPLERS["mixed"].draw(none)
+    assert [len(part) for part in SAMPLERS["in_batch"].draw(none)] == [0, 0, 0]
+    ids, log_q, _ = SAMPLERS["mixed"].draw(none)
     assert ids.shape == (6,)
     assert_close(log_q, torch.full((6,), math.log(6 / 14)))
 

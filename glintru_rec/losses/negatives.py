@@ -26,6 +26,8 @@ class Negatives(NamedTuple):
     """int64 ``[K]``, repeats included."""
     log_q: Tensor
     """Log of how often each of them is expected in the sample, float32 ``[K]``."""
+    target_log_q: Tensor
+    """And of each of the batch's targets, float32 ``[T]``; -inf for one that cannot be drawn."""
 
 
 class Distribution(Protocol):
@@ -136,12 +138,15 @@ class NegativeSampler:
         if self.drawn is not None:
             parts.append((self.drawn, self.drawn.draw(self.num_draws)))
         if self.targets is not None:
+            taken = target_ids
             if self.max_targets is not None and self.max_targets < target_ids.numel():
-                target_ids = target_ids[torch.randperm(target_ids.numel())[: self.max_targets]]
-            parts.append((self.targets, target_ids))
+                taken = target_ids[torch.randperm(target_ids.numel())[: self.max_targets]]
+            parts.append((self.targets, taken))
         if self.join is not None:
             parts = [(distribution, self.join(ids)) for distribution, ids in parts]
         ids = torch.cat([ids for _, ids in parts])
         log_sizes = torch.tensor([len(part) for _, part in parts], dtype=torch.float64).log()  # -inf for a batch of none
-        log_counts = [log_size + distribution.log_p(ids) for log_size, (distribution, _) in zip(log_sizes, parts)]
-        return Negatives(ids, torch.stack(log_counts).logsumexp(0).float())
+        asked = torch.cat([ids, target_ids])
+        log_counts = [log_size + distribution.log_p(asked) for log_size, (distribution, _) in zip(log_sizes, parts)]
+        log_q, target_log_q = torch.stack(log_counts).logsumexp(0).float().split([ids.numel(), target_ids.numel()])
+        return Negatives(ids, log_q, target_log_q)

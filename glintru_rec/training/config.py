@@ -77,6 +77,8 @@ class LossConfig:
         mixed_share: at most this share of the negatives of ``mixed`` are targets of the batch, the rest are uniform.
         gather_negatives: every rank's targets meet the negatives of all ranks.
         logq_correction: correct for how often negatives are expected in the sample; ``in_batch`` and ``mixed`` need it.
+        correct_positive: correct the target's own score likewise (the classic correction); otherwise it counts as not
+            sampled, which estimates the exact softmax.
         temperature: divides the scores.
         horizon: each position is to predict this many of the items that follow it: 1, the next one; 2 or 3 help where few
             events are known of an item and their order says little.
@@ -92,6 +94,7 @@ class LossConfig:
     mixed_share: float = 0.5
     gather_negatives: bool = False
     logq_correction: bool = True
+    correct_positive: bool = False
     temperature: float = 1.0
     horizon: int = 1
     horizon_decay: float = 0.5
@@ -110,6 +113,8 @@ class LossConfig:
         # Popular items would be pushed down as often as they are targets: uncorrected, such training collapses.
         corrected = self.logq_correction or self.negatives not in ("in_batch", "mixed")
         check("loss.logq_correction", self.logq_correction, corrected, f"true with loss.negatives={self.negatives}")
+        possible = self.logq_correction or not self.correct_positive
+        check("loss.correct_positive", self.correct_positive, possible, "false with loss.logq_correction=false")
         check("loss.temperature", self.temperature, 0 < self.temperature < math.inf, "greater than 0 and finite")
 
     def over_whole_catalog(self, num_items: int) -> bool:

@@ -187,11 +187,20 @@ class Trainer:
             output = self.model(batch.item_ids, batch.offsets, everything, loss.horizon, loss.horizon_decay)
             return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
-        negative_ids, log_q = (drawn.to(self.device) for drawn in self.negatives.draw(target_ids.cpu()))
+        drawn = self.negatives.draw(target_ids.cpu())
+        negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
         output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
-        query, positive, aim, target_ids, negatives = output
-        correction = log_q if loss.logq_correction else None
-        return sampled_softmax(query, positive, negatives, target_ids, negative_ids, correction, loss.temperature, aim)
+        return sampled_softmax(
+            output.query,
+            output.positive,
+            output.negatives,
+            target_ids,
+            negative_ids,
+            log_q if loss.logq_correction else None,
+            loss.temperature,
+            output.aim,
+            target_log_q if loss.correct_positive else None,
+        )
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet, and whether to stop."""
