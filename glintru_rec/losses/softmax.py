@@ -31,9 +31,9 @@ def sampled_softmax(
         loss = -s_aim + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
 
     With ``log_q_j`` the log of how often item j is expected in the sample, the sum is an unbiased estimate of the
-    sum over all other items: the positive was not sampled and is not corrected (arXiv 2507.09331). With the whole
-    catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target itself (an
-    accidental hit) is masked.
+    sum over all other items that can be drawn: the positive was not sampled and is not corrected (arXiv 2507.09331).
+    With the whole catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target
+    itself (an accidental hit) is masked.
 
     Args:
         query: ``[T, D]``.

@@ -75,7 +75,7 @@ class LossConfig:
         popularity_power: of the counts in ``popularity``. An item without training events is never drawn, so it is no
             negative for anyone.
         mixed_share: at most this share of the negatives of ``mixed`` are targets of the batch, the rest are uniform.
-        gather_negatives: every rank's targets meet the negatives of all ranks.
+        gather_negatives: every rank's targets meet the negatives of all ranks, W times as many on W ranks.
         logq_correction: correct for how often negatives are expected in the sample; ``in_batch`` and ``mixed`` need it.
         correct_positive: correct the target's own score likewise (the classic correction); otherwise it counts as not
             sampled, which estimates the exact softmax.
