@@ -88,6 +88,14 @@ class SequenceModel(nn.Module):
         """Give what the encoder reads of table rows ``[*, R]``: ``[*, D]``."""
         return rows[..., : self.encoder.width]
 
+    def target_places(self, offsets: Tensor) -> Tensor:
+        """Say which items of a ragged batch are targets: all but each sequence's first, or the last if not causal."""
+        if not self.encoder.causal:
+            return offsets[1:] - 1
+        is_first = torch.zeros(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
+        is_first[offsets[:-1]] = True
+        return (~is_first).nonzero().squeeze(1)
+
     def forward(
         self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, horizon: int = 1, horizon_decay: float = 0.5
     ) -> TrainingOutput:
@@ -107,13 +115,10 @@ class SequenceModel(nn.Module):
         rows, negatives = self.table(item_ids, negative_ids)
         is_last = torch.zeros(item_ids.size(0), dtype=torch.bool, device=item_ids.device)
         is_last[offsets[1:] - 1] = True
-        is_first = torch.zeros_like(is_last)
-        is_first[offsets[:-1]] = True
-        inputs, targets = (~is_last).nonzero().squeeze(1), (~is_first).nonzero().squeeze(1)
+        inputs, targets = (~is_last).nonzero().squeeze(1), self.target_places(offsets)
         input_offsets = offsets_from_lengths(lengths_from_offsets(offsets) - 1)
         hidden = self.encoder(gather_rows(self.embeddings(rows), inputs), input_offsets)
         if not self.encoder.causal:
-            targets = offsets[1:] - 1
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
         vectors, negatives = self.item_vectors(rows), self.item_vectors(negatives)
         positive = gather_rows(vectors, targets)

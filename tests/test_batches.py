@@ -91,6 +91,23 @@ def test_one_target_a_sequence(lengths, max_seq_len, slack, world_size, epoch):
     assert make(lengths, max_seq_len, batch_targets, **options).num_steps(epoch) == len(batches[0])
 
 
+@pytest.mark.parametrize("reversed_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("every_position", [True, False])
+def test_target_counts(every_position, reversed_share):
+    """What an epoch's targets are in the mean over many, within 5 sigma; exactly, where nothing is left to chance."""
+    lengths, epochs = [1, 2, 0, 3, 13, 7], 1000
+    batches = make(lengths, every_position=every_position, reversed_share=reversed_share, reversed_epochs=epochs)
+    found = np.zeros((epochs, 6000))
+    for epoch in range(epochs):
+        for member in windows([list(batches.epoch(epoch))]):
+            np.add.at(found[epoch], member[1:] if every_position else member[-1:], 1)
+    sigma = found.std(0) / epochs**0.5
+    assert (np.abs(found.mean(0) - batches.target_counts(6000, 0)) <= 5 * sigma + 1e-12).all()
+    assert sigma.any() != (every_position and reversed_share in (0, 1))
+    in_order = make(lengths, every_position=every_position)
+    np.testing.assert_array_equal(batches.target_counts(6000, epochs), in_order.target_counts(6000, 0))
+
+
 def test_prefixes_end_anywhere():
     batches = make([4], every_position=False)
     ends = Counter(members(next(batches.epoch(epoch)))[0][-1] for epoch in range(60))

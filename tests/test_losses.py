@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from glintru_rec.losses import full_softmax, sampled_softmax, softmax, uniform_log_q, uniform_negatives
+from glintru_rec.losses import LogUniform, NegativeSampler, Popularity, Uniform, full_softmax, sampled_softmax, softmax
 
 
 def draw(num_targets=7, num_items=23, width=5, seed=0, scale=1.0):
@@ -74,6 +74,20 @@ def test_logq_by_hand():
     assert_close(sampled(*arguments, torch.tensor([math.log(0.5)])), torch.tensor([math.log(1 + 4)]))
 
 
+@pytest.mark.parametrize("with_aim", [False, True])
+def test_classic_correction_is_cross_entropy_over_corrected_scores(with_aim):
+    query, items, target_ids = draw()
+    generator = torch.Generator().manual_seed(3)
+    negative_ids = torch.tensor([v for v in range(23) if v not in target_ids])
+    log_q, positive_log_q = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (len(negative_ids), 7))
+    positive, aim = items[target_ids], items[target_ids] if with_aim else None
+    scores = torch.cat([(query * positive).sum(1, keepdim=True), query @ items[negative_ids].t()], dim=1)
+    corrected = scores - torch.cat([positive_log_q.unsqueeze(1), log_q.expand(7, -1)], dim=1)
+    exact = functional.cross_entropy(corrected, torch.zeros(7, dtype=torch.int64), reduction="none")
+    arguments = (query, positive, items[negative_ids], target_ids, negative_ids, log_q, 1.0, aim, positive_log_q)
+    assert_close(sampled_softmax(*arguments), exact, rtol=1e-12, atol=1e-12)
+
+
 def test_accidental_hits_change_nothing():
     query, items, target_ids = draw(num_targets=1)
     items.requires_grad_()
@@ -104,8 +118,8 @@ def test_sampled_sum_is_unbiased():
     repetitions, num_negatives = 3000, 8
     estimates = torch.stack(
         [
-            (sampled(query, items, target_ids, drawn, uniform_log_q(40, num_negatives)) + positive).exp() - positive.exp()
-            for drawn in uniform_negatives(40, repetitions * num_negatives, generator).split(num_negatives)
+            (sampled(query, items, target_ids, drawn, math.log(num_negatives / 40)) + positive).exp() - positive.exp()
+            for drawn in Uniform(40).draw(repetitions * num_negatives, generator).split(num_negatives)
         ]
     )
     sigma = estimates.std(0) / repetitions**0.5
@@ -123,8 +137,8 @@ def test_sampled_converges_to_the_exact_loss():
     generator = torch.Generator().manual_seed(5)
 
     def error(num_negatives, corrected=True):
-        log_q = uniform_log_q(60, num_negatives) if corrected else None
-        drawn = [uniform_negatives(60, num_negatives, generator) for _ in range(30)]
+        log_q = math.log(num_negatives / 60) if corrected else None
+        drawn = [Uniform(60).draw(num_negatives, generator) for _ in range(30)]
         losses = torch.stack([sampled(query, items, target_ids, ids, log_q) for ids in drawn])
         return (losses - exact).square().mean().sqrt().item()
 
@@ -253,31 +267,110 @@ def test_full_in_float32():
 
 # --- negatives
 
-
-def test_uniform_negatives_are_drawn_as_log_q_says():
-    num_items, num_negatives, repetitions = 20, 7, 6000
-    generator = torch.Generator().manual_seed(6)
-    drawn = uniform_negatives(num_items, num_negatives * repetitions, generator)
-    counts = torch.bincount(drawn, minlength=num_items) / repetitions  # of each item, in a sample of K
-    expected = math.exp(uniform_log_q(num_items, num_negatives))
-    assert expected == pytest.approx(num_negatives / num_items)
-    sigma = (num_negatives * (1 / num_items) * (1 - 1 / num_items) / repetitions) ** 0.5
-    assert counts.numel() == num_items
-    assert bool(((counts - expected).abs() < 5 * sigma).all())
+COUNTS = torch.tensor([500, 0, 90, 33, 0, 12, 12, 5, 3, 3, 2, 1, 1, 0])  # V = 14
 
 
-def test_uniform_negatives_follow_their_generator():
-    first, again, other = [uniform_negatives(1000, 50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert first.dtype == torch.int64
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def share(counts):
+    return counts.double() / counts.sum()
+
+
+SAMPLERS = {
+    "uniform": NegativeSampler(Uniform(14), 6),
+    "log_uniform": NegativeSampler(LogUniform(14), 6),
+    "popularity": NegativeSampler(Popularity(COUNTS), 6),
+    "popularity^0.5": NegativeSampler(Popularity(COUNTS, 0.5), 6),
+    "popularity^0": NegativeSampler(Popularity(COUNTS, 0.0), 6),
+    "in_batch": NegativeSampler(targets=Popularity(COUNTS)),
+    "mixed": NegativeSampler(Uniform(14), 6, Popularity(COUNTS), 4),
+    "mixed, of all targets": NegativeSampler(Uniform(14), 6, Popularity(COUNTS), 9),
+}
+EXPECTED = {
+    "uniform": torch.full((14,), 6 / 14),
+    "log_uniform": torch.tensor([6 * math.log((i + 2) / (i + 1)) / math.log(15) for i in range(14)]),
+    "popularity": 6 * share(COUNTS),
+    "popularity^0.5": 6 * share(COUNTS.double().sqrt()),
+    "popularity^0": 6 * share(COUNTS > 0),
+    "in_batch": 8 * share(COUNTS),
+    "mixed": 6 / 14 + 4 * share(COUNTS),
+    "mixed, of all targets": 6 / 14 + 8 * share(COUNTS),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_negatives_come_as_often_as_log_q_says(name):
+    """Over many batches of 8 targets, within 5 sigma; what log_q says is the truth; what has no chance never comes."""
+    torch.manual_seed(0)
+    repetitions, expected = 4000, EXPECTED[name].double()
+    drawn = torch.zeros(14, dtype=torch.float64)
+    for target_ids in torch.multinomial(COUNTS.double(), 8 * repetitions, replacement=True).split(8):
+        ids, log_q, target_log_q = SAMPLERS[name].draw(target_ids)
+        assert (ids.dtype, log_q.dtype, target_log_q.dtype) == (torch.int64, torch.float32, torch.float32)
+        assert_close(log_q.double().exp(), expected[ids], rtol=1e-6, atol=0)
+        assert_close(target_log_q.double().exp(), expected[target_ids], rtol=1e-6, atol=0)
+        drawn += torch.bincount(ids, minlength=14)
+    # The draws of one sample are at most as spread as independent ones, whose variance is their expected number or less.
+    sigma = (expected / repetitions).sqrt()
+    assert bool(((drawn / repetitions - expected).abs() <= 5 * sigma).all())
+    assert torch.equal(drawn == 0, expected == 0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_negatives_follow_the_seed(name):
+    target_ids = torch.tensor([0, 2, 3, 5, 6, 7, 8, 9])
     torch.manual_seed(3)
-    unseeded = uniform_negatives(1000, 50)
+    first, other = SAMPLERS[name].draw(target_ids), SAMPLERS[name].draw(target_ids)
     torch.manual_seed(3)
-    assert torch.equal(unseeded, uniform_negatives(1000, 50))
+    again = SAMPLERS[name].draw(target_ids)
+    assert torch.equal(first.ids, again.ids)
+    assert torch.equal(first.log_q, again.log_q)
+    assert name == "in_batch" or not torch.equal(first.ids, other.ids)
 
 
-def test_uniform_negatives_of_a_very_large_catalog():
-    drawn = uniform_negatives(2**40, 1000, torch.Generator().manual_seed(0))
+def test_negatives_beside_an_empty_batch():
+    none = torch.empty(0, dtype=torch.int64)
+    assert [len(part) for part in SAMPLERS["in_batch"].draw(none)] == [0, 0, 0]
+    ids, log_q, _ = SAMPLERS["mixed"].draw(none)
+    assert ids.shape == (6,)
+    assert_close(log_q, torch.full((6,), math.log(6 / 14)))
+
+
+@pytest.mark.parametrize("distribution", [Uniform(7), LogUniform(7), Popularity(torch.arange(7)), LogUniform(1), Uniform(1)])
+def test_probabilities_sum_to_one(distribution):
+    total = distribution.log_p(torch.arange(getattr(distribution, "num_items", 7))).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_popularity_at_the_ends_of_what_each_item_has(monkeypatch):
+    """No random number lets an item without events through: not the first one of an item, nor its last."""
+    distribution = Popularity(torch.tensor([0, 3, 0, 0, 1, 2, 0]))
+    first = distribution.cumulative[[1, 4, 5]]
+    last = distribution.cumulative[[2, 5, 6]] - 1
+    monkeypatch.setattr(torch, "randint", lambda high, *_, **__: torch.cat([first, last]))
+    assert distribution.draw(6).tolist() == [1, 4, 5, 1, 4, 5]
+
+
+def test_popularity_keeps_the_rarest():
+    """One event among 10^12 has its chance, and powers neither overflow nor lose an item."""
+    counts = torch.tensor([10**12, 1, 0])
+    assert Popularity(counts).log_p(torch.tensor([1])).item() == pytest.approx(math.log(1e-12), abs=0.01)
+    assert bool(Popularity(counts, 40.0).log_p(torch.tensor([0, 1])).isfinite().all())
+    assert Popularity(counts).log_p(torch.tensor([2])).item() == -math.inf
+
+
+@pytest.mark.parametrize("make", [Uniform, LogUniform])
+def test_draws_from_a_very_large_catalog(make):
+    drawn = make(2**40).draw(10_000, torch.Generator().manual_seed(0))
     assert 2**39 < drawn.max() < 2**40
-    assert bool((drawn % 2 == 1).any())  # no float in between
+    assert drawn.min() >= 0
+    assert bool((drawn[drawn > 2**30] % 2 == 1).any())  # float32 would have no odd ones there
+    in_upper_half = (drawn >= 2**39).double().mean().item()
+    truth = 0.5 if make is Uniform else math.log(2) / math.log(2**40)
+    assert abs(in_upper_half - truth) < 5 * (truth * (1 - truth) / 10_000) ** 0.5
+
+
+def test_log_uniform_tells_neighbours_apart_in_a_large_catalog():
+    """P(one of the next hundred) from the sum of log_p against the closed form of the cumulative distribution."""
+    distribution = LogUniform(10**9)
+    for start in (0, 10**6, 10**9 - 100):
+        mass = distribution.log_p(torch.arange(start, start + 100)).exp().sum().item()
+        assert mass == pytest.approx(math.log1p(100 / (start + 1)) / math.log(10**9 + 1), rel=1e-9)

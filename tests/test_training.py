@@ -71,7 +71,14 @@ AVERAGED = ["table=replicated", "optimizer.ema_decay=0.9", "optimizer.schedule=c
 
 
 @pytest.mark.parametrize(
-    "overrides", [["table=row_wise", "optimizer.schedule=linear"], ["table=replicated"], AVERAGED, ["model.item_bias=true"]]
+    "overrides",
+    [
+        ["table=row_wise", "optimizer.schedule=linear"],
+        ["table=replicated"],
+        AVERAGED,
+        ["model.item_bias=true"],
+        ["loss.negatives=mixed", "loss.num_negatives=40"],
+    ],
 )
 def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
     """20 steps whole = 10 and more, killed with -9, and the rest: losses to the bit, weights too."""
@@ -235,6 +242,89 @@ def test_two_ranks_learn_what_one_learns(dataset_dir, tmp_path):
     assert losses(tmp_path / "two")[-1][1] < first - 0.1
 
 
+ONE_STEP = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from glintru_rec.config import compose
+from glintru_rec.data.batches import Batch
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.jagged import lengths_from_offsets, offsets_from_lengths
+from glintru_rec.losses import Negatives
+from glintru_rec.tables.sharding import local_rows
+from glintru_rec.training.build import build_negatives
+from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.processes import process_group
+from glintru_rec.training.trainer import Trainer
+
+folder, *overrides = sys.argv[1:]
+with process_group("cpu") as device:
+    for negatives in ("in_batch", "mixed"):
+        config = compose("train", TrainConfig, [*overrides, f"loss.negatives={negatives}"])
+        trainer = Trainer(config, SequenceDataset.open(config.data.path), device)
+        before = local_rows(trainer.model)[0].clone()
+        trainer.negatives = build_negatives(config.loss, trainer.dataset, trainer.batches, 0)
+        batches, kept = trainer.batches.epoch(0), {}
+        batch = next(batches)
+        if dist.get_world_size() == 1:  # the union of what two ranks have
+            second = next(batches)
+            lengths = torch.cat([lengths_from_offsets(each.offsets) for each in (batch, second)])
+            batch = Batch(torch.cat([batch.item_ids, second.item_ids]), offsets_from_lengths(lengths))
+            config.trainer.batch_targets *= 2
+            if negatives == "mixed":
+                drawn = Negatives(*torch.load(Path(folder) / "mixed.pt"), torch.empty(0))
+                trainer.negatives.draw = lambda target_ids: drawn
+        def keep(name, function):
+            def call(argument):
+                kept[name] = function(argument)
+                return kept[name]
+            return call
+        trainer._losses = keep("losses", trainer._losses)
+        trainer.negatives.draw = keep("negatives", trainer.negatives.draw)
+        trainer.steps_of_epoch = 1
+        trainer.train_step(batch)
+        after = local_rows(trainer.model)[0]
+        result = {"losses": kept["losses"].detach(), "negatives": kept["negatives"][:2], "before": before, "after": after}
+        torch.save(result, Path(folder) / f"{negatives}-{dist.get_rank()}-of-{dist.get_world_size()}.pt")
+"""
+
+
+def test_two_ranks_with_gathered_negatives_are_one_rank_with_all(dataset_dir, run_dir, tmp_path):
+    """Losses, and the table after a step of SGD, against one process with both batches and the same negatives."""
+    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    arguments = [str(tmp_path / "one_step.py"), str(tmp_path), f"data.path={dataset_dir}", "output=none", *SMALL]
+    arguments += ["model.options.dropout=0", f"trainer.init_from={run_dir}", "table.optimizer=sgd", "table.learning_rate=1"]
+    arguments += ["loss.gather_negatives=true", "loss.num_negatives=40", "loss.mixed_share=0.4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, *arguments], cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+
+    def results(negatives: str, world_size: int) -> list[dict]:
+        return [torch.load(tmp_path / f"{negatives}-{rank}-of-{world_size}.pt") for rank in range(world_size)]
+
+    # Of each rank's 40 negatives 16 are from its batch; the counts of targets are worked out anew.
+    from glintru_rec.data.dataset import SequenceDataset
+
+    dataset = SequenceDataset.open(dataset_dir)
+    items, offsets = dataset.train_sequences()
+    counts = np.bincount(np.delete(items, offsets[:-1]), minlength=dataset.num_items)
+    ids = results("mixed", 2)[0]["negatives"][0]
+    assert ids.numel() == 2 * 40
+    log_q = torch.from_numpy(np.log(2 * 24 / dataset.num_items + 2 * 16 * counts / counts.sum()))[ids].float()
+    torch.save((ids, log_q), tmp_path / "mixed.pt")
+    subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+    for negatives in ("in_batch", "mixed"):
+        two, (one,) = results(negatives, 2), results(negatives, 1)
+        assert two[0]["losses"].numel() != two[1]["losses"].numel()  # ranks have different numbers of targets
+        for joined, expected in zip(two[0]["negatives"], one["negatives"]):
+            torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(two[1]["negatives"], two[0]["negatives"], rtol=0, atol=0)
+        torch.testing.assert_close(torch.cat([each["losses"] for each in two]), one["losses"], rtol=1e-5, atol=1e-5)
+        moved = torch.cat([each["after"] - each["before"] for each in two])
+        torch.testing.assert_close(moved, one["after"] - one["before"], rtol=1e-4, atol=1e-5)
+        assert moved.abs().max() > 0.01
+
+
 def test_resume_on_other_ranks(dataset_dir, tmp_path):
     arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
     run_program("train", *arguments, "trainer.max_epochs=1", nproc=2)
@@ -281,6 +371,11 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["table.optimizer=adamw"], "table.optimizer=adamw needs table.sharding=replicated"),
         (["table.weight_decay=0.1"], "ignores it"),
         (["trainer.batch_targets=16"], "trainer.batch_targets is 16"),
+        (["loss.negatives=hard"], "loss.negatives is 'hard'; it must be one of uniform, log_uniform, popularity"),
+        (["loss.negatives=in_batch", "loss.logq_correction=false"], "loss.logq_correction is False; it must be true with"),
+        (["loss.correct_positive=true", "loss.logq_correction=false"], "loss.correct_positive is True; it must be false with"),
+        (["loss.mixed_share=1"], "loss.mixed_share is 1.0; it must be greater than 0 and less than 1"),
+        (["loss.popularity_power=-1"], "loss.popularity_power is -1.0; it must be at least 0"),
         (["data.reversed_share=2"], "data.reversed_share is 2.0; it must be from 0 to 1"),
         (["loss.horizon=0"], "loss.horizon is 0; it must be at least 1"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),

@@ -90,8 +90,7 @@ class TrainingBatches:
         starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
         order = rng.permutation(starts.size)
         starts, num_targets = starts[order], num_targets[order]
-        share = self.reversed_share if epoch < self.reversed_epochs else 0.0
-        backwards = rng.random(starts.size) < share
+        backwards = rng.random(starts.size) < self._reversed_share(epoch)
         bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
         for step in range(first_step, -(-(len(bounds) - 1) // self.world_size)):
             index = step * self.world_size + self.rank
@@ -104,6 +103,21 @@ class TrainingBatches:
         starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
         sizes = num_targets[rng.permutation(starts.size)] if self.every_position else np.ones_like(num_targets)
         return -(-(len(self._pack(sizes)) - 1) // self.world_size)
+
+    def target_counts(self, num_items: int, epoch: int) -> np.ndarray:
+        """Count how often each item is expected to be a target in an epoch: float64 ``[num_items]``."""
+        lengths = np.diff(self.offsets)
+        place, last = np.arange(self.items.size) - np.repeat(self.offsets[:-1], lengths), np.repeat(lengths - 1, lengths)
+        forwards, backwards = place > 0, place < last
+        if not self.every_position:  # each end of a prefix is as likely; read backwards, its first item is the target
+            kept = np.minimum(last, self.max_seq_len)
+            forwards = forwards / np.maximum(last, 1)
+            backwards = np.where(place == 0, kept, place <= last - kept) / np.maximum(last, 1)
+        share = self._reversed_share(epoch)
+        return np.bincount(self.items, (1 - share) * forwards + share * backwards, num_items)
+
+    def _reversed_share(self, epoch: int) -> float:
+        return self.reversed_share if epoch < self.reversed_epochs else 0.0
 
     def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""

@@ -24,15 +24,16 @@ def sampled_softmax(
     log_q: Tensor | float | None,
     temperature: float = 1.0,
     aim: Tensor | None = None,
+    positive_log_q: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy against a sample of the catalog.
 
         loss = -s_aim + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
 
     With ``log_q_j`` the log of how often item j is expected in the sample, the sum is an unbiased estimate of the
-    sum over all other items: the positive was not sampled and is not corrected (arXiv 2507.09331). With the whole
-    catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target itself (an
-    accidental hit) is masked.
+    sum over all other items that can be drawn: the positive was not sampled and is not corrected (arXiv 2507.09331).
+    With the whole catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target
+    itself (an accidental hit) is masked.
 
     Args:
         query: ``[T, D]``.
@@ -43,6 +44,8 @@ def sampled_softmax(
         log_q: log of the expected count of each negative in the sample, ``[K]`` or one for all; None: no correction.
         temperature: divides the scores.
         aim: vector whose score is s_aim, ``[T, D]``: the mean of several targets' embeddings; ``positive`` when absent.
+        positive_log_q: log of the expected count of each target in the sample, ``[T]``: subtracted from s⁺ and s_aim, as in
+            the classic correction, which treats the positive as one of the sample; None: it is not corrected.
 
     Returns:
         One loss per target, ``[T]``; float32 where the inputs are narrower.
@@ -50,14 +53,17 @@ def sampled_softmax(
     query = query / temperature
     wide = torch.promote_types(query.dtype, torch.float32)
     positive_score = (query * positive).to(wide).sum(1, keepdim=True)
+    aim_score = positive_score if aim is None else (query * aim).to(wide).sum(1, keepdim=True)
+    if positive_log_q is not None:
+        correction = positive_log_q.unsqueeze(1)
+        positive_score, aim_score = positive_score - correction, aim_score - correction
     negative_score = (query @ negatives.t()).to(wide)
     if log_q is not None:
         negative_score = negative_score - log_q
     accidental_hits = target_ids.unsqueeze(1) == negative_ids
     negative_score = negative_score.masked_fill(accidental_hits, -torch.inf)
     scores = torch.cat([positive_score, negative_score], dim=1)
-    aim_score = positive_score.squeeze(1) if aim is None else (query * aim).to(wide).sum(1)
-    return torch.logsumexp(scores, dim=1) - aim_score
+    return torch.logsumexp(scores, dim=1) - aim_score.squeeze(1)
 
 
 def full_softmax(query: Tensor, aim: Tensor, items: Tensor, temperature: float = 1.0, precision: str = "fp32") -> Tensor:

@@ -9,15 +9,17 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
+from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import build_encoder
 from glintru_rec.errors import InputError
+from glintru_rec.losses import LogUniform, NegativeSampler, Popularity, Uniform
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, load_checkpoint, load_plain, read_state
-from glintru_rec.training.config import TrainConfig
-from glintru_rec.training.processes import NO_STEP, seed_step
+from glintru_rec.training.config import LossConfig, TrainConfig
+from glintru_rec.training.processes import NO_STEP, join_ids, seed_step
 
 
 def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
@@ -35,6 +37,24 @@ def build_distributed(config: TrainConfig, num_items: int, device: torch.device)
     # Each rank fills its own rows: from one seed, item i would start as a copy of item i + V / W.
     seed_step(config.trainer.seed, NO_STEP, dist.get_rank())
     return distribute(model, config.table, device)
+
+
+def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: TrainingBatches, epoch: int) -> NegativeSampler:
+    """Make the sampler of this rank's negatives in an epoch, as ``loss`` says."""
+    num_items, num_draws = dataset.num_items, loss.num_negatives
+    join = join_ids if loss.gather_negatives else None
+    if loss.negatives == "uniform":
+        return NegativeSampler(Uniform(num_items), num_draws, join=join)
+    if loss.negatives == "log_uniform":
+        return NegativeSampler(LogUniform(num_items), num_draws, join=join)
+    if loss.negatives == "popularity":
+        counts = torch.from_numpy(dataset.train_counts())
+        return NegativeSampler(Popularity(counts, loss.popularity_power), num_draws, join=join)
+    targets = Popularity(torch.from_numpy(batches.target_counts(num_items, epoch)))
+    if loss.negatives == "in_batch":
+        return NegativeSampler(targets=targets, join=join)
+    from_batch = round(loss.mixed_share * num_draws)
+    return NegativeSampler(Uniform(num_items), num_draws - from_batch, targets, from_batch, join)
 
 
 def load_run(run_dir: Path) -> tuple[TrainConfig, Path, RunState]:

@@ -67,8 +67,18 @@ class LossConfig:
 
     Attributes:
         name: ``sampled_softmax``, or ``full_softmax`` over the whole catalog (small catalogs).
-        num_negatives: negatives that a rank's batch shares; as many as the catalog has items, or more, means all items.
-        logq_correction: correct for the probability with which negatives were drawn.
+        negatives: how ``sampled_softmax`` draws what a rank's batch shares: ``uniform``; ``log_uniform`` (Zipf's law over
+            the index: `prepare` numbers items by falling count); ``popularity`` (by training count); ``in_batch`` (the
+            batch's targets); ``mixed`` (``in_batch`` and ``uniform``).
+        num_negatives: how many; as many as the catalog has items, or more, means all items. ``in_batch`` has as many as
+            the batch has targets.
+        popularity_power: of the counts in ``popularity``. An item without training events is never drawn, so it is no
+            negative for anyone.
+        mixed_share: at most this share of the negatives of ``mixed`` are targets of the batch, the rest are uniform.
+        gather_negatives: every rank's targets meet the negatives of all ranks, W times as many on W ranks.
+        logq_correction: correct for how often negatives are expected in the sample; ``in_batch`` and ``mixed`` need it.
+        correct_positive: correct the target's own score likewise (the classic correction); otherwise it counts as not
+            sampled, which estimates the exact softmax.
         temperature: divides the scores.
         horizon: each position is to predict this many of the items that follow it: 1, the next one; 2 or 3 help where few
             events are known of an item and their order says little.
@@ -78,8 +88,13 @@ class LossConfig:
     """
 
     name: str = "sampled_softmax"
+    negatives: str = "uniform"
     num_negatives: int = 1024
+    popularity_power: float = 1.0
+    mixed_share: float = 0.5
+    gather_negatives: bool = False
     logq_correction: bool = True
+    correct_positive: bool = False
     temperature: float = 1.0
     horizon: int = 1
     horizon_decay: float = 0.5
@@ -91,7 +106,20 @@ class LossConfig:
         check("loss.horizon_decay", self.horizon_decay, 0 < self.horizon_decay <= 1, "greater than 0 and at most 1")
         one_of("loss.precision", self.precision, PRECISIONS)
         check("loss.num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1")
+        one_of("loss.negatives", self.negatives, ("uniform", "log_uniform", "popularity", "in_batch", "mixed"))
+        finite = 0 <= self.popularity_power < math.inf
+        check("loss.popularity_power", self.popularity_power, finite, "at least 0 and finite")
+        check("loss.mixed_share", self.mixed_share, 0 < self.mixed_share < 1, "greater than 0 and less than 1")
+        # Popular items would be pushed down as often as they are targets: uncorrected, such training collapses.
+        corrected = self.logq_correction or self.negatives not in ("in_batch", "mixed")
+        check("loss.logq_correction", self.logq_correction, corrected, f"true with loss.negatives={self.negatives}")
+        possible = self.logq_correction or not self.correct_positive
+        check("loss.correct_positive", self.correct_positive, possible, "false with loss.logq_correction=false")
         check("loss.temperature", self.temperature, 0 < self.temperature < math.inf, "greater than 0 and finite")
+
+    def over_whole_catalog(self, num_items: int) -> bool:
+        """Whether the loss is exact: asked for so, or no fewer draws than items."""
+        return self.name == "full_softmax" or (self.negatives != "in_batch" and self.num_negatives >= num_items)
 
 
 @dataclass

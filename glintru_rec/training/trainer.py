@@ -13,13 +13,13 @@ from glintru_rec.data.batches import Batch, TrainingBatches
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json
-from glintru_rec.losses import full_softmax, sampled_softmax, uniform_log_q, uniform_negatives
+from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.build import build_distributed, check_vocabulary, warm_start
+from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import seed_step
@@ -66,6 +66,7 @@ class Trainer:
             reversed_share=config.data.reversed_share,
             reversed_epochs=config.data.reversed_epochs,
         )
+        self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
@@ -142,6 +143,8 @@ class Trainer:
         self.model.train()
         self.recorded = time.monotonic()
         self.steps_of_epoch = self.batches.num_steps(state.epoch)
+        if not self.whole_catalog:  # anew for every epoch: which items are targets may change
+            self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, state.epoch)
         for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
             self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
             state.step += 1
@@ -179,17 +182,25 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
-        whole_catalog = loss.name == "full_softmax" or loss.num_negatives >= self.num_items
-        if whole_catalog:
-            negative_ids = torch.arange(self.num_items, device=self.device)
-        else:
-            negative_ids = uniform_negatives(self.num_items, loss.num_negatives).to(self.device)
-        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
-        if whole_catalog:
+        if self.whole_catalog:
+            everything = torch.arange(self.num_items, device=self.device)
+            output = self.model(batch.item_ids, batch.offsets, everything, loss.horizon, loss.horizon_decay)
             return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
-        log_q = uniform_log_q(self.num_items, loss.num_negatives) if loss.logq_correction else None
-        query, positive, aim, target_ids, negatives = output
-        return sampled_softmax(query, positive, negatives, target_ids, negative_ids, log_q, loss.temperature, aim)
+        target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
+        drawn = self.negatives.draw(target_ids.cpu())
+        negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
+        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
+        return sampled_softmax(
+            output.query,
+            output.positive,
+            output.negatives,
+            target_ids,
+            negative_ids,
+            log_q if loss.logq_correction else None,
+            loss.temperature,
+            output.aim,
+            target_log_q if loss.correct_positive else None,
+        )
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet, and whether to stop."""
