@@ -57,8 +57,9 @@ $(OUT)/artifact/manifest.json: $(OUT)/run/finished.json
 $(OUT)/histories.parquet: $(OUT)/dataset/manifest.json
 	python tools/write_histories.py $(OUT)/dataset $@ --split test
 
+# A job that did not end goes on where it was.
 $(OUT)/scores/_SUCCESS: $(OUT)/artifact/manifest.json $(OUT)/histories.parquet
-	rm -rf $(OUT)/scores # of a job that did not end
+	@test ! -e $@ || rm -rf $(OUT)/scores # of an older artifact
 	torchx run launch/score.py artifact=$(OUT)/artifact input=$(OUT)/histories.parquet output=$(OUT)/scores mode=top_k top_k=100
 
 test: $(READY)

@@ -12,13 +12,21 @@ from typing import Any
 
 from glintru_rec.errors import InputError
 
+_ASIDE = ".partial-"
+
 
 def aside_of(path: Path) -> Path:
     """Name a hidden neighbour of ``path`` to write into.
 
     Random, because in a container every process may have the same id: an id alone would collide with what a killed run left.
     """
-    return path.with_name(f".partial-{path.name}-{secrets.token_hex(4)}")
+    return path.with_name(f"{_ASIDE}{path.name}-{secrets.token_hex(4)}")
+
+
+def remove_asides(folder: Path) -> None:
+    """Remove the files that killed processes left in a folder, unpublished; none may be writing there now."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        path.unlink()
 
 
 def publish(aside: Path, path: Path) -> None:

@@ -6,11 +6,12 @@ import torchx.specs as specs
 def py(*overrides: str) -> specs.AppDef:
     """Score users' histories with an exported artifact, or carry kept user states on by new events (mode=update).
 
-    Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason.
+    Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason. The same command again goes on
+    where a killed job was. Input files that cannot be read are named, and the others scored (exit status 3 of the program).
 
     Args:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|update [state=DIR for update]
-            [top_k=100] [exclude_seen=true] and other hydra overrides
+            [top_k=100] [exclude_seen=true] [empty_history=reject|popular] and other hydra overrides
     """
     from glintru_rec.programs.launcher import app
 

@@ -43,21 +43,22 @@ def app(program: str, overrides: Sequence[str], nproc: int = 1, max_restarts: in
     return specs.AppDef(name=program, roles=[role])
 
 
-def run(program: str, schema: type[Schema], main: Callable[[Schema], None]) -> NoReturn:
+def run(program: str, schema: type[Schema], main: Callable[[Schema], int | None]) -> NoReturn:
     """Compose the config from the command line, run ``main`` with it, and exit.
 
-    Exit status: 0; 2 after one clear message for what the user can mend; 1 and a traceback for a defect.
+    Exit status: what ``main`` gives, None being 0; 2 after one clear message for what the user can mend; 1 and a traceback
+    for a defect.
     """
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print(help_text(program, schema))
         sys.exit(0)
     try:
-        main(compose(program, schema, arguments))
+        status = main(compose(program, schema, arguments))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
-    sys.exit(0)
+    sys.exit(status)
 
 
 def help_text(program: str, schema: type[Any]) -> str:

@@ -1,9 +1,10 @@
-"""The input of a scoring job: parquet files, all checked before the first is read."""
+"""The input of a scoring job: parquet files, all opened before the first is read."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,70 +19,126 @@ _STRINGS = ("string", "large_string", "string_view")
 _READ_BYTES = 1 << 20
 
 
+class Stamp(NamedTuple):
+    """What tells that a file is still the one that it was, without reading it."""
+
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """Look at a file."""
+        stat = path.stat()
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
 @dataclass(frozen=True)
-class Fragment:
-    """One parquet file of the input.
+class InputFile:
+    """One file of the input, not yet opened.
 
     Attributes:
         path: where it is.
         name: of the output file; it ends in ``.parquet`` and is unique in the input.
+        stamp: before anything was read of it.
+    """
+
+    path: Path
+    name: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One parquet file of the input, found usable.
+
+    Attributes:
+        file: which.
         columns: what is read of it.
         num_rows: as its footer says.
         user_type: type of the user ids.
     """
 
-    path: Path
-    name: str
+    file: InputFile
     columns: Columns
     num_rows: int
     user_type: pa.DataType
 
-    def read(self, batch_size: int, vocabulary: Vocabulary) -> Iterator[Rows]:
+    def read(self, batch_size: int, vocabulary: Vocabulary, keep_empty: bool) -> Iterator[Rows]:
         """Read at most ``batch_size`` rows at a time.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: the file is damaged, or not the one that was opened.
         """
         first_row = 1
         for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.name, first_row)
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, keep_empty)
             first_row += len(batch)
 
     def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
+        path = self.file.path
         try:
-            with pq.ParquetFile(self.path, buffer_size=_READ_BYTES) as file:
+            with pq.ParquetFile(path, buffer_size=_READ_BYTES) as file:
                 yield from file.iter_batches(batch_size, columns=[name for name in self.columns if name is not None])
+            stamp = Stamp.of(path)
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{str(self.path)!r} cannot be read: {error}; write or copy it again") from error
+            raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
+        if stamp != self.file.stamp:
+            raise InputError(f"{str(path)!r} was changed while it was read; run the job again when it is complete")
 
 
-def open_fragments(location: str, columns: Columns, vocabulary: Vocabulary) -> list[Fragment]:
-    """Find the files of the input and check them all before any is scored.
+def find_inputs(location: str) -> list[InputFile]:
+    """Find the files of the input.
 
     Args:
         location: a parquet file, a folder of them (searched to the bottom; names that start with ``.`` or ``_`` are
             skipped) or a glob pattern.
-        columns: what they must have.
-        vocabulary: whose ids they must hold.
 
     Raises:
-        InputError: no file or no row; a file that is not readable parquet, lacks a column, or has one of another type.
+        InputError: no file, or two that would be written under one name.
     """
     paths = find_files(location)
     common = os.path.commonpath([path.parent for path in paths])
-    fragments: dict[str, Fragment] = {}
+    files: dict[str, InputFile] = {}
     for path in paths:
         # The output is flat, so that one pattern, *.parquet, finds all of it: a sub-folder becomes part of the name.
         name = "__".join(path.relative_to(common).parts).removesuffix(".parquet") + ".parquet"
-        if name in fragments:
-            raise InputError(f"{str(fragments[name].path)!r} and {str(path)!r} would both be written as {name!r}; rename one")
-        fragments[name] = _open(path, name, columns, vocabulary)
-    if not any(fragment.num_rows for fragment in fragments.values()):
-        raise InputError(f"input {location!r} holds no rows: {len(paths)} file(s), all empty")
-    return list(fragments.values())
+        if name in files:
+            raise InputError(f"{str(files[name].path)!r} and {str(path)!r} would both be written as {name!r}; rename one")
+        files[name] = InputFile(path, name, Stamp.of(path))
+    return list(files.values())
 
 
-def _open(path: Path, name: str, columns: Columns, vocabulary: Vocabulary) -> Fragment:
+def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabulary) -> dict[str, Fragment | InputError]:
+    """Open all files of the input before any is scored.
+
+    Args:
+        files: of the input.
+        columns: what they must have.
+        vocabulary: whose ids they must hold.
+
+    Returns:
+        By the file's name the fragment, or why there is none: not readable parquet, a column that is missing or of another
+        type.
+
+    Raises:
+        InputError: there are no rows, or no file can be used; then it is the first one's error.
+    """
+    opened: dict[str, Fragment | InputError] = {}
+    for file in files:
+        try:
+            opened[file.name] = _open(file, columns, vocabulary)
+        except InputError as error:
+            opened[file.name] = error
+    failures = [each for each in opened.values() if isinstance(each, InputError)]
+    if len(failures) == len(files):
+        raise failures[0]
+    if not failures and not any(each.num_rows for each in opened.values() if isinstance(each, Fragment)):
+        raise InputError(f"input holds no rows: {len(files)} file(s), all empty (first {str(files[0].path)!r})")
+    return opened
+
+
+def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fragment:
+    path = input_file.path
     try:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
@@ -102,7 +159,7 @@ def _open(path: Path, name: str, columns: Columns, vocabulary: Vocabulary) -> Fr
                 f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
                 f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
             )
-    return Fragment(path, name, columns, num_rows, user_type)
+    return Fragment(input_file, columns, num_rows, user_type)
 
 
 def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:

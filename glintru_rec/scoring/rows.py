@@ -55,7 +55,7 @@ class Rows:
     Attributes:
         num_read: rows read, R: those to be scored and those set aside.
         users: their ids as they were, ``[B]``.
-        history: the known items of each, oldest first; no history is empty.
+        history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
@@ -72,7 +72,9 @@ class Rows:
     set_aside: pa.Table
 
 
-def decode(batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int) -> Rows:
+def decode(
+    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, keep_empty: bool = False
+) -> Rows:
     """Look up the items of a batch and set aside the rows that cannot be scored.
 
     Args:
@@ -81,6 +83,7 @@ def decode(batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, frag
         vocabulary: gives the indices.
         fragment: where the rows are from, for what is set aside.
         first_row: number of the batch's first row in the fragment.
+        keep_empty: histories without a known item are to be scored, too.
     """
     users = batch.column(columns.user)
     if pa.types.is_dictionary(users.type):
@@ -96,7 +99,8 @@ def decode(batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, frag
     _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
     _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
     unknown_items = history.unknown(reason < 0)
-    _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
+    if not keep_empty:
+        _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
     keep = reason < 0
     unknown_candidates = candidates.unknown(keep)
 

@@ -44,11 +44,13 @@ from glintru_rec.data.scratch import scratch_database
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import check_free, make_aside, publish, sha256_of, sync, write_json, write_text
+from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.events import EventBatch, Events, open_events
-from glintru_rec.scoring.job import REJECTS_FOLDER, REPORT_FILE, SUCCESS_FILE, ScoreConfig, ranked_schema, ranked_table
+from glintru_rec.scoring.report import REPORT_FILE, SUCCESS_FILE
 from glintru_rec.scoring.rows import Ragged
+from glintru_rec.scoring.scorer import ranked_schema, ranked_table
 from glintru_rec.scoring.state_store import StateStore, UserStates
-from glintru_rec.scoring.writer import FragmentWriter
+from glintru_rec.scoring.writer import REJECTS_FOLDER, FragmentWriter
 
 OUTPUT_FILE = "part-00000.parquet"
 

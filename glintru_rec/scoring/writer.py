@@ -8,14 +8,16 @@ import pyarrow.parquet as pq
 
 from glintru_rec.files import aside_of, publish
 
+REJECTS_FOLDER = "rejects"
+UNKNOWN_CANDIDATES_FOLDER = "unknown_candidates"
 _ROW_GROUP_BYTES = 32 << 20
 
 
 class FragmentWriter:
     """The output files of one input fragment; used as a context.
 
-    Files grow under hidden names. At the end of the context they are synced and take their own names, the scores last:
-    where they are, the fragment is complete. After an error none of them is left.
+    Files grow under hidden names. At the end of the context they are synced and take their own names, the scores last. After
+    an error none of them is left.
 
     Args:
         output: folder of the job's output.
@@ -41,6 +43,11 @@ class FragmentWriter:
             (self._output / folder).mkdir(exist_ok=True)
             self._files[folder] = _GrowingFile(self._output / folder / self._name, table.schema)
         self._files[folder].write(table)
+
+    def sizes(self) -> dict[str, int]:
+        """Give the bytes of the written files, by their names in ``output``; after the end of the context."""
+        names = [self._name, *(f"{folder}/{self._name}" for folder in self._files)]
+        return {name: (self._output / name).stat().st_size for name in sorted(names)}
 
     def __enter__(self) -> "FragmentWriter":
         return self

@@ -1,0 +1,85 @@
+"""What a scoring job is told: every key of the program score."""
+
+from dataclasses import dataclass
+
+import torch
+
+from glintru_rec.config import check, one_of
+from glintru_rec.errors import InputError
+
+MODES = ("candidates", "top_k", "encode", "update")
+EMPTY_HISTORY = ("reject", "popular")
+
+
+@dataclass
+class ScoreConfig:
+    """What to score, and how.
+
+    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too.
+
+    The same command again goes on where a killed job was. Exit status: 0, also when all was done before; 2 for bad input, an
+    output begun with another config, artifact or input, or one that another job is writing; 3 where some input files could
+    not be read: the others are scored, there is no _SUCCESS, and the same command again does those that were mended.
+
+    Attributes:
+        artifact: folder that launch/export.py wrote.
+        input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update.
+        output: folder to write; it must not exist, be empty, or be of the same job that did not end.
+        mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
+            writes the user's vector (`glintru_rec.export.artifact` says what item vectors go with it); ``update`` carries
+            the states of users on by new events and finds the best items of those who acted (see
+            `glintru_rec.scoring.update`).
+        state: folder of the store of user states, made when missing; mode update only.
+        top_k: items to find for each user (fewer where the catalog has no more).
+        exclude_seen: top_k and update leave out the items of the history.
+        empty_history: what becomes of a row whose history has no known item. ``reject`` sets it aside; ``popular`` scores it,
+            in modes candidates and top_k, by the model's item biases where it has them, else by the number of events of
+            each item in the dataset.
+        batch_size: users scored at once.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        user_column: name of the column of user ids, integers or strings.
+        history_column: name of the column of histories, lists of item ids, oldest first.
+        candidates_column: name of the column of candidates, lists of item ids; mode candidates only.
+        item_column: name of the column of item ids; mode update only.
+        time_column: name of the column of times, whole numbers or timestamps; mode update only.
+    """
+
+    artifact: str
+    input: str
+    output: str
+    mode: str
+    state: str = ""
+    top_k: int = 100
+    exclude_seen: bool = True
+    empty_history: str = "reject"
+    batch_size: int = 1024
+    device: str = "cpu"
+    user_column: str = "user_id"
+    history_column: str = "history"
+    candidates_column: str = "candidates"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+
+    def __post_init__(self):
+        one_of("mode", self.mode, MODES)
+        one_of("empty_history", self.empty_history, EMPTY_HISTORY)
+        if self.mode not in ("candidates", "top_k"):
+            check("empty_history", self.empty_history, self.empty_history == "reject", f"reject, as mode is {self.mode!r}")
+        names = ("user_column", "history_column", "candidates_column", "item_column", "time_column")
+        for key in ("artifact", "input", "output", *names):
+            check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
+        check("top_k", self.top_k, self.top_k >= 1, "at least 1")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        if self.mode == "update":
+            check("state", self.state, bool(self.state), "the folder of the user states, as mode is 'update'")
+            keys = ("user_column", "item_column", "time_column")
+        else:
+            check("state", self.state, not self.state, f"left out, as mode {self.mode!r} keeps no states")
+            keys = ("user_column", "history_column", "candidates_column")
+        columns = tuple(getattr(self, key) for key in keys)
+        check(", ".join(keys), columns, len({name.lower() for name in columns}) == 3, "three different names")
+        kind, _, number = self.device.partition(":")
+        known = self.device in ("cpu", "cuda") or (kind == "cuda" and number.isdigit())
+        check("device", self.device, known, "cpu, cuda or cuda:N")
+        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+            raise InputError(f"device is {self.device!r}; this machine has {torch.cuda.device_count()} CUDA device(s)")
