@@ -59,7 +59,8 @@ $(OUT)/histories.parquet: $(OUT)/dataset/manifest.json
 
 # A job that did not end goes on where it was.
 $(OUT)/scores/_SUCCESS: $(OUT)/artifact/manifest.json $(OUT)/histories.parquet
-	@test ! -e $@ || rm -rf $(OUT)/scores # of an older artifact
+	@test ! -e $(OUT)/scores/.job/begun.json || test $(OUT)/scores/.job/begun.json -nt $(OUT)/artifact/manifest.json \
+		-a $(OUT)/scores/.job/begun.json -nt $(OUT)/histories.parquet || rm -rf $(OUT)/scores # of an older artifact
 	torchx run launch/score.py artifact=$(OUT)/artifact input=$(OUT)/histories.parquet output=$(OUT)/scores mode=top_k top_k=100
 
 test: $(READY)

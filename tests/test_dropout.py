@@ -29,6 +29,12 @@ def test_rate_and_expectation(rate):
         assert abs(both - rate * rate) < 10 * deviation + 2**-15
 
 
+def test_highest_rates():
+    """Rounded to 2^-16 they still keep something, scaled by what they keep."""
+    out = Dropout(0.999999)(torch.ones(1_000_000))
+    assert set(out.unique().tolist()) <= {0.0, 65536.0}
+
+
 def test_gradient_is_the_mask():
     x = torch.randn(50, 3, requires_grad=True)
     out = Dropout(0.5)(x)

@@ -377,6 +377,8 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["loss.mixed_share=1"], "loss.mixed_share is 1.0; it must be greater than 0 and less than 1"),
         (["loss.popularity_power=-1"], "loss.popularity_power is -1.0; it must be at least 0"),
         (["data.reversed_share=2"], "data.reversed_share is 2.0; it must be from 0 to 1"),
+        (["data.reversed_share=0.5"], "data.reversed_epochs is 0; it must be"),
+        (["loss.horizon=3", "model.options.causal=false"], "loss.horizon is 3, but model.options.causal is false"),
         (["loss.horizon=0"], "loss.horizon is 0; it must be at least 1"),
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),
         (["optimizer.ema_decay=0.9"], "optimizer.ema_decay=0.9 needs table.sharding=replicated"),

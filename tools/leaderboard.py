@@ -290,6 +290,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 def write_tables(listed: LeaderboardList, pairs: list[Pair], dataset: dict[str, Any], output: Path) -> Path:
     """Write ``leaderboard.json``, ``.md`` and ``.svg`` from the results there are; give the markdown's path."""
+    (output / "leaderboard.svg").unlink(missing_ok=True)
     runs = [result for pair in pairs if (result := pair.result()) is not None]
     board = {
         "title": listed.title,
@@ -352,7 +353,9 @@ def leaderboard(list_file: Path, overrides: list[str], table_only: bool) -> int:
         with locked(output) as lock:
             failures = run_pairs(pairs, jobs[0], lock)
     table = write_tables(listed, pairs, dataset, output)
-    print(f"\n{table.read_text()}\nwritten: {table}, leaderboard.json, leaderboard.svg", flush=True)
+    print(
+        f"\n{table.read_text()}\nwritten: {', '.join(str(path) for path in sorted(output.glob('leaderboard.*')))}", flush=True
+    )
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr, flush=True)
     return 1 if failures else 0

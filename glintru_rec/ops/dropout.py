@@ -18,7 +18,7 @@ class Dropout(nn.Dropout):
         """Zero elements of ``x`` at random while training."""
         if torch.jit.is_scripting() or x.is_cuda or not self.training or self.p == 0:
             return functional.dropout(x, self.p, self.training)
-        kept = round((1 - self.p) * _LEVELS)
+        kept = max(1, round((1 - self.p) * _LEVELS))
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)  # four elements a draw
         mask = bits.view(torch.int16)[: x.numel()].view(x.shape) < kept - _LEVELS // 2
         return x * mask.to(x.dtype).mul_(_LEVELS / kept)

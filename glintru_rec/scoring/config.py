@@ -24,7 +24,7 @@ class ScoreConfig:
     Attributes:
         artifact: folder that launch/export.py wrote.
         input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update.
-        output: folder to write; it must not exist, be empty, or be of the same job that did not end.
+        output: folder to write; it must not exist, be empty, or be of the same job.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
             writes the user's vector (`glintru_rec.export.artifact` says what item vectors go with it); ``update`` carries
             the states of users on by new events and finds the best items of those who acted (see

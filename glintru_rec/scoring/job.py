@@ -10,7 +10,7 @@
     _SUCCESS                               written last, where every input file could be read
     .job/                                  what the same command, run again, goes on by (see `ledger`)
 
-The two folders are there only where there is something to put into them.
+The two folders are made when there is something to put into them.
 
 An output file is a function of its input file, the config and the artifact. So whatever kills a job, the same command again
 does the files that are missing and ends with what an undisturbed job writes; only ``timing`` in ``report.json`` differs.
@@ -66,6 +66,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
         before = ledger.done()
         missing = {file.name: opened[file.name] for file in files if file.name not in before}
         if not missing and (output / SUCCESS_FILE).exists():
+            ledger.remove_leftovers(())  # of a job killed after its last file
             return _report(before, {}, num_before=len(before))
         (output / SUCCESS_FILE).unlink(missing_ok=True)
         ledger.remove_leftovers(missing)

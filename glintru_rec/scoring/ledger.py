@@ -94,8 +94,10 @@ class Ledger:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise InputError(f"output {str(self._output)!r} is being written by another job; wait for its end") from error
+            except OSError as error:
+                raise InputError(f"output {str(self._output)!r} cannot be locked: {error.strerror}") from error
             self.check()
             if self._begun() is None:
                 stamps = {file.name: file.stamp for file in self._files}

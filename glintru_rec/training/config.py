@@ -36,6 +36,13 @@ class DataConfig:
         check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 1, "at least 1")
         check("data.reversed_share", self.reversed_share, 0 <= self.reversed_share <= 1, "from 0 to 1")
         check("data.reversed_epochs", self.reversed_epochs, self.reversed_epochs >= 0, "at least 0")
+        both = (self.reversed_share > 0) == (self.reversed_epochs > 0)
+        check(
+            "data.reversed_epochs",
+            self.reversed_epochs,
+            both,
+            f"0 as data.reversed_share is, or greater than 0 as that ({self.reversed_share})",
+        )
 
 
 @dataclass
@@ -219,6 +226,11 @@ class TrainConfig:
             raise InputError(
                 f"trainer.batch_targets is {self.trainer.batch_targets}, less than data.max_seq_len "
                 f"{self.data.max_seq_len}: the targets of one history must fit into a batch"
+            )
+        if self.loss.horizon > 1 and not self.model.options.get("causal", True):
+            raise InputError(
+                f"loss.horizon is {self.loss.horizon}, but model.options.causal is false: such an encoder trains on the "
+                "last item of a history alone, which nothing follows"
             )
         if self.optimizer.ema_decay > 0 and self.table.sharding != "replicated":
             raise InputError(

@@ -43,7 +43,7 @@ class Trainer:
         self.num_items = dataset.num_items
         check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device)
-        if config.trainer.init_from:
+        if config.trainer.init_from and not list_checkpoints(self.run_dir):  # a run that goes on has weights of its own
             warm_start(self.model, Path(config.trainer.init_from), dataset)
         dense = config.optimizer
         self.optimizer = build_optimizer(
