@@ -55,6 +55,7 @@ class RaggedTraining:
         fixed = ["data.path=.", "output=" + tempfile.mkdtemp(), f"model.embedding_dim={dim}"]
         fixed += [f"trainer.batch_targets={batch_targets}", f"data.max_seq_len={MAX_SEQ_LEN}"]
         self.trainer = Trainer(compose("train", TrainConfig, [*fixed, *overrides]), dataset, torch.device("cpu"))
+        self.trainer.begin_epoch()
         self.batches = itertools.chain.from_iterable(self.trainer.batches.epoch(epoch) for epoch in itertools.count())
 
     def step(self) -> tuple[float, int]:

@@ -140,11 +140,8 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train on what is left of the epoch under way."""
         trainer, state = self.config.trainer, self.state
-        self.model.train()
+        self.begin_epoch()
         self.recorded = time.monotonic()
-        self.steps_of_epoch = self.batches.num_steps(state.epoch)
-        if not self.whole_catalog:  # anew for every epoch: which items are targets may change
-            self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, state.epoch)
         for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
             self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
             state.step += 1
@@ -156,6 +153,13 @@ class Trainer:
             if self._out_of_steps():
                 break
         self._record()
+
+    def begin_epoch(self) -> None:
+        """Make ready what the steps of the epoch under way share."""
+        self.model.train()
+        self.steps_of_epoch = self.batches.num_steps(self.state.epoch)
+        if not self.whole_catalog:  # anew for every epoch: which items are targets may change
+            self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, self.state.epoch)
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.

@@ -1,0 +1,29 @@
+"""The benchmarks run, and print a figure for every contestant; what the figures are is no test's business."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY, environment
+
+pytestmark = pytest.mark.programs
+
+
+def run(tool: str, *arguments: str) -> str:
+    command = [sys.executable, str(REPOSITORY / "tools" / tool), *arguments]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_bench_train(dataset_dir):
+    few = ["--dim", "16", "--repeats", "1", "--seconds", "0.05"]
+    text = run("bench_train.py", str(dataset_dir), "model.options.num_heads=2", *few, "--batch-targets", "256")
+    assert len(re.findall(r"targets/s +[\d.]+x", text)) == 2
+
+
+def test_bench_step():
+    text = run("bench_step.py", "--width", "16", "--repeats", "1")
+    assert [text.count(f"\n{name}") for name in ("GlintRU ", "RecGRELA", "LRURec")] == [6, 3, 3]
