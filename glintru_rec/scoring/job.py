@@ -13,7 +13,8 @@
 The two folders are made when there is something to put into them.
 
 An output file is a function of its input file, the config and the artifact. So whatever kills a job, the same command again
-does the files that are missing and ends with what an undisturbed job writes; only ``timing`` in ``report.json`` differs.
+does the files that are missing and ends with what an undisturbed job writes; only ``timing`` in ``report.json`` differs,
+and with more than one thread the last digits of scores.
 """
 
 from collections import Counter
