@@ -132,9 +132,34 @@ def test_an_epoch_repeats_exactly_and_goes_on_from_any_step(lengths, every_posit
         batches = make(lengths, **options)
         whole = as_lists(batches.epoch(2))
         assert as_lists(make(lengths, **options).epoch(2)) == whole
-        assert as_lists(batches.epoch(2, first_step)) == whole[first_step:]
+        assert as_lists(batches.epoch(2, first_step * world_size)) == whole[first_step:]
         list(batches.epoch(0))
         assert as_lists(batches.epoch(2)) == whole
+
+
+@laws
+@given(histories, st.booleans(), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4))
+def test_resumed_on_other_ranks_an_epoch_skips_and_repeats_nothing(lengths, every_position, before, num_steps, after):
+    """Some steps on ``before`` ranks, the rest on ``after`` ranks: together the windows of the epoch, each once."""
+    options = {"every_position": every_position}
+    whole = windows(epoch_of_all_ranks(1, 1, lengths, **options))
+    ranks = epoch_of_all_ranks(1, before, lengths, **options)
+    consumed = windows(rank[:num_steps] for rank in ranks)
+    rest = [list(make(lengths, rank=rank, world_size=after, **options).epoch(1, num_steps * before)) for rank in range(after)]
+    assert {len(rank) for rank in rest} == {make(lengths, world_size=after, **options).num_steps(1, num_steps * before)}
+    assert Counter(map(tuple, consumed + windows(rest))) == Counter(map(tuple, whole))
+
+
+@laws
+@given(histories, st.booleans(), st.sampled_from([0.0, 0.5]))
+def test_a_batch_is_looked_up_with_its_sequences(lengths, every_position, share):
+    batches = make(lengths, every_position=every_position, reversed_share=share, reversed_epochs=2)
+    assert batches.num_batches(1) == batches.num_steps(1)
+    for number, batch in enumerate(batches.epoch(1)):
+        found, sequences = batches.look_up(1, number)
+        assert torch.equal(found.item_ids, batch.item_ids)
+        assert torch.equal(found.offsets, batch.offsets)
+        assert sequences.tolist() == [member[0] // 1000 for member in members(batch)]  # see `make`
 
 
 @pytest.mark.parametrize("every_position", [True, False])

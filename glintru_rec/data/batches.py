@@ -25,12 +25,30 @@ class Batch(NamedTuple):
     """int64 ``[B + 1]``."""
 
 
+class _Windows(NamedTuple):
+    """The windows of an epoch in their shuffled order, and which of them make a batch."""
+
+    starts: np.ndarray
+    """Row of ``items`` where each starts."""
+    lengths: np.ndarray
+    """Its number of items."""
+    backwards: np.ndarray
+    """Whether it is read backwards."""
+    bounds: list[int]
+    """Batch i has the windows from ``bounds[i]`` up to ``bounds[i + 1]``."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.bounds) - 1
+
+
 class TrainingBatches:
     """Cut training sequences into windows, shuffle them, and pack them into batches by number of targets.
 
     A sequence with more targets than ``max_seq_len`` is cut into windows that share their border item, so that every
     item but the first is a target exactly once an epoch; where the cuts fall changes from epoch to epoch. Everything
-    follows from (seed, epoch): a resumed run sees the batches that it would have seen.
+    follows from (seed, epoch): a resumed run sees the batches that it would have seen, and ranks only deal them out: one
+    resumed on other ranks goes on with the epoch's next batch.
 
     Args:
         items: item ids of all training sequences, int64 ``[E]``.
@@ -76,33 +94,33 @@ class TrainingBatches:
             raise InputError("the dataset has no training sequence of two items or more")
 
     def fingerprint(self) -> str:
-        """Hash all that decides an epoch's batches."""
-        decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position, self.world_size)
+        """Hash all that decides an epoch's batches; not the number of ranks, which only deals them out."""
+        decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position)
         turned = (self.reversed_share, self.reversed_epochs)
         return hashlib.sha256(repr((*decisive, *turned, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of one epoch from ``first_step`` on; every rank yields equally many.
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of one epoch, from number ``first_batch`` of all ranks' on; every rank yields equally many.
 
         Where batches do not divide evenly among ranks, the last ones are empty.
         """
-        rng = np.random.default_rng([self.seed, epoch])
-        starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
-        order = rng.permutation(starts.size)
-        starts, num_targets = starts[order], num_targets[order]
-        backwards = rng.random(starts.size) < self._reversed_share(epoch)
-        bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
-        for step in range(first_step, -(-(len(bounds) - 1) // self.world_size)):
-            index = step * self.world_size + self.rank
-            chosen = slice(bounds[index], bounds[index + 1]) if index + 1 < len(bounds) else slice(0, 0)
-            yield self._collate(starts[chosen], num_targets[chosen] + 1, backwards[chosen])
+        windows = self._shuffle(epoch)
+        for number in range(first_batch, windows.num_batches, self.world_size):
+            yield self._collate(windows, number + self.rank)
 
-    def num_steps(self, epoch: int) -> int:
-        """Count the steps of an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
-        starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
-        sizes = num_targets[rng.permutation(starts.size)] if self.every_position else np.ones_like(num_targets)
-        return -(-(len(self._pack(sizes)) - 1) // self.world_size)
+    def num_batches(self, epoch: int) -> int:
+        """Count the batches of an epoch, those of all ranks together."""
+        return self._shuffle(epoch).num_batches
+
+    def num_steps(self, epoch: int, first_batch: int = 0) -> int:
+        """Count the steps of an epoch from batch number ``first_batch`` on."""
+        return max(0, -(-(self.num_batches(epoch) - first_batch) // self.world_size))
+
+    def look_up(self, epoch: int, number: int) -> tuple[Batch, np.ndarray]:
+        """Give batch ``number`` of an epoch, and which of the training sequences its members come from: int64 ``[B]``."""
+        windows = self._shuffle(epoch)
+        starts = windows.starts[windows.bounds[number] : windows.bounds[number + 1]]
+        return self._collate(windows, number), np.searchsorted(self.offsets, starts, side="right") - 1
 
     def target_counts(self, num_items: int, epoch: int) -> np.ndarray:
         """Count how often each item is expected to be a target in an epoch: float64 ``[num_items]``."""
@@ -118,6 +136,15 @@ class TrainingBatches:
 
     def _reversed_share(self, epoch: int) -> float:
         return self.reversed_share if epoch < self.reversed_epochs else 0.0
+
+    def _shuffle(self, epoch: int) -> _Windows:
+        rng = np.random.default_rng([self.seed, epoch])
+        starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
+        order = rng.permutation(starts.size)
+        starts, num_targets = starts[order], num_targets[order]
+        backwards = rng.random(starts.size) < self._reversed_share(epoch)
+        bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
+        return _Windows(starts, num_targets + 1, backwards, bounds)
 
     def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""
@@ -145,7 +172,10 @@ class TrainingBatches:
             used = total[bounds[-1] - 1]
         return bounds
 
-    def _collate(self, starts: np.ndarray, lengths: np.ndarray, backwards: np.ndarray) -> Batch:
+    def _collate(self, windows: _Windows, number: int) -> Batch:
+        """Make batch ``number``, which is empty beyond the epoch's last."""
+        first, last = (windows.bounds[min(place, windows.num_batches)] for place in (number, number + 1))
+        starts, lengths, backwards = windows.starts[first:last], windows.lengths[first:last], windows.backwards[first:last]
         offsets = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)

@@ -12,21 +12,23 @@ from glintru_rec.programs.launcher import write_config
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import launch_id, process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
-from glintru_rec.training.trainer import Trainer
+from glintru_rec.training.trainer import Stopped, Trainer
 
 # Which launch made the run directory, or went on with it last.
 LAUNCH_FILE = ".launch"
+# Exit status after SIGTERM or Ctrl-C: saved, to be run again (sysexits.h calls it EX_TEMPFAIL).
+STOPPED = 75
 
 
-def train(config: TrainConfig) -> None:
-    """Train into the run directory ``config.output``.
+def train(config: TrainConfig) -> int:
+    """Train into the run directory ``config.output``; give the exit status: 0, or `STOPPED` where a signal ended it early.
 
     A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
     """
     run_dir = Path(config.output)
     resume = config.trainer.resume or _restarted(run_dir)
     dataset = SequenceDataset.open(config.data.path)
-    with process_group(config.trainer.device) as device:
+    with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         _check_free(run_dir, resume)
         trainer = Trainer(config, dataset, device)
         if resume:
@@ -35,9 +37,15 @@ def train(config: TrainConfig) -> None:
         if dist.get_rank() == 0:
             _start(run_dir, config, dataset)
         dist.barrier()
-        state = trainer.fit()
+        try:
+            state = trainer.fit()
+        except Stopped as stopped:
+            if dist.get_rank() == 0:
+                print(stopped, flush=True)
+            return STOPPED
         if dist.get_rank() == 0:
             print(f"done: {state.step} steps; best ndcg@10 {state.best_value:.4f} (valid) at step {state.best_step}; {run_dir}")
+    return 0
 
 
 def _restarted(run_dir: Path) -> bool:

@@ -1,27 +1,22 @@
-"""Checkpoints of a run: written aside, published whole, found again.
+"""Checkpoints of a run: where it stood, and how they are found and read. `checkpoint_writer` writes them.
 
 ::
 
     RUN_DIR/checkpoints/step-00001200/   torch.distributed.checkpoint files and progress.json
 
-A directory gets its name by one rename after every rank has written its part, so what bears the name ``step-…`` is
-whole; what a killed run left half-written is named ``.partial-…`` and removed by the next save.
+What bears the name ``step-…`` is whole.
 """
 
 import json
-import shutil
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from glintru_rec.errors import InputError
-from glintru_rec.files import publish, write_json
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import materialize_state
 from glintru_rec.training.averaging import WeightAverage
@@ -37,11 +32,12 @@ class RunState:
         batching: fingerprint of all that decides an epoch's batches; with another one, an epoch under way starts anew.
         step: optimizer steps done.
         epoch: epoch under way, from 0.
-        step_in_epoch: steps of it done.
+        batches_in_epoch: batches of it that are done, of all ranks together (`TrainingBatches` numbers them).
         best_step: step of the best validation; -1 before the first.
         best_value: its NDCG@10.
         validations_since_best: for early stopping.
         validated_step: step of the last validation; -1 before the first.
+        value: NDCG@10 of the weights of this very step; None while they are not validated.
         averaged: whether the checkpoint's model is an average of weights; those that training goes on with lie beside it.
     """
 
@@ -50,56 +46,13 @@ class RunState:
     batching: str
     step: int = 0
     epoch: int = 0
-    step_in_epoch: int = 0
+    batches_in_epoch: int = 0
     best_step: int = -1
     best_value: float = 0.0
     validations_since_best: int = 0
     validated_step: int = -1
+    value: float | None = None
     averaged: bool = False
-
-
-def save_checkpoint(
-    run_dir: Path,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    average: WeightAverage | None,
-    state: RunState,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint on all ranks, publish it, and drop those no longer kept.
-
-    Args:
-        run_dir: the run directory.
-        model: its shards are written by the ranks that hold them.
-        optimizer: the table's and the dense parameters'.
-        average: of the model's weights; saved as the model, with the weights themselves beside it.
-        state: written beside the tensors; its ``best_step`` is always kept.
-        keep_last: number of newest checkpoints to keep.
-    """
-    folder = run_dir / "checkpoints"
-    target = _folder_of(run_dir, state.step)
-    partial = folder / f".partial-{target.name}"
-    if dist.get_rank() == 0:
-        folder.mkdir(exist_ok=True)
-        for left in folder.glob(".partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    dist.barrier()
-    is_new = not target.exists()  # the tensors of a step are written once; what is said of them may change
-    if is_new:
-        with average.in_place() if average else nullcontext() as weights:
-            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training_weights": weights or []}
-            dcp.save(tensors, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_json((partial if is_new else target) / "progress.json", asdict(state))
-        if is_new:
-            publish(partial, target)
-        best = _folder_of(run_dir, state.best_step)
-        for old in list_checkpoints(run_dir)[:-keep_last]:
-            if old != best:
-                shutil.rmtree(old)
-    dist.barrier()
-    return target
 
 
 def load_checkpoint(
@@ -138,9 +91,13 @@ def _load(tensors: dict, checkpoint: Path, **options) -> None:
     try:
         dcp.load(tensors, checkpoint_id=checkpoint, **options)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # CheckpointException is no Exception
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = " ".join(str(cause).split())[:300]
-        raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {reason}") from error
+        raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line why reading or writing failed: on the first rank that did, where several ranks were at it."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return " ".join(str(cause).split())[:300]
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -150,8 +107,12 @@ def read_state(checkpoint: Path) -> RunState:
         InputError: not a whole checkpoint.
     """
     try:
-        return RunState(**json.loads((checkpoint / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads((checkpoint / "progress.json").read_text())
+        if "step_in_epoch" in fields:  # an older version, which counted steps; its epoch under way starts anew
+            del fields["step_in_epoch"]
+            fields["value"] = fields["best_value"] if fields["best_step"] == fields["step"] else None
+        return RunState(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
 
 
@@ -161,7 +122,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Find the checkpoint with the best validation, or the newest of a run that never validated.
+    """Find the checkpoint with the best validation, or the newest where none was validated.
 
     Raises:
         InputError: no run directory, or no checkpoint in it.
@@ -171,12 +132,16 @@ def best_checkpoint(run_dir: Path) -> Path:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise InputError(f"checkpoint={run_dir} holds no whole checkpoint")
-    best_step = read_state(checkpoints[-1]).best_step
-    best = checkpoints[-1] if best_step < 0 else _folder_of(run_dir, best_step)
-    if best not in checkpoints:
-        raise InputError(f"{checkpoints[-1]} says that step {best_step} is the best, but {best} is not there")
-    return best
+    return next(iter(rank_checkpoints(checkpoints)), checkpoints[-1])
 
 
-def _folder_of(run_dir: Path, step: int) -> Path:
+def rank_checkpoints(checkpoints: list[Path]) -> list[Path]:
+    """Order those that were validated by their NDCG@10, best first; of equal ones the older is the better."""
+    values = [(read_state(checkpoint).value, checkpoint) for checkpoint in checkpoints]
+    validated = [(-value, checkpoint) for value, checkpoint in values if value is not None]
+    return [checkpoint for _, checkpoint in sorted(validated)]
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Name the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step:08d}"

@@ -173,8 +173,14 @@ class TrainerConfig:
         validate_every_epochs: epochs between validations.
         eval_batch_users: users of one rank's batch in validation.
         checkpoint_every_steps: steps between checkpoints, besides those at validations; 0: none.
+        checkpoint_in_background: training goes on while a checkpoint's files are written, from a copy, which takes as much
+            memory as weights and optimizer state do; false: training waits for the files.
         keep_last: latest checkpoints kept, besides the best.
-        log_every_steps: steps between lines of ``metrics.jsonl``.
+        keep_best: checkpoints kept with the best validation, NDCG@10.
+        log_every_steps: steps between lines of ``metrics.jsonl``, and between checks of the loss.
+        max_loss: a rank's batch whose mean loss is above it stops the run, as one that is not finite always does; 0: no limit.
+        timeout_seconds: how long a rank waits for another in a step, a validation or a checkpoint before it takes it for hung,
+            and the run fails (torchelastic's ``--max_restarts`` then starts all ranks anew).
         init_from: a run directory with whose best weights training starts; empty: random weights. The encoder must have
             the same parameters and the dataset the same vocabulary; optimizers start anew.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
@@ -189,19 +195,26 @@ class TrainerConfig:
     validate_every_epochs: int = 1
     eval_batch_users: int = 512
     checkpoint_every_steps: int = 0
+    checkpoint_in_background: bool = True
     keep_last: int = 1
+    keep_best: int = 1
     log_every_steps: int = 50
+    max_loss: float = 0.0
+    timeout_seconds: float = 600.0
     init_from: str = ""
     resume: bool = False
     device: str = "auto"
 
     def __post_init__(self):
-        counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "keep_last", "log_every_steps")
-        for key in counts:
+        counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "log_every_steps")
+        for key in (*counts, "keep_last", "keep_best"):
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         for key in ("max_steps", "seed", "patience", "checkpoint_every_steps"):
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
         check("trainer.seed", self.seed, self.seed < 2**63, "less than 2**63")
+        check("trainer.max_loss", self.max_loss, 0 <= self.max_loss < math.inf, "at least 0 (0: no limit) and finite")
+        possible = 0 < self.timeout_seconds <= 1e7  # more than timedelta and gloo could count
+        check("trainer.timeout_seconds", self.timeout_seconds, possible, "greater than 0 and at most 1e7")
         one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
 
 

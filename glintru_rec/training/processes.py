@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
 
 import numpy as np
 import torch
@@ -14,11 +17,12 @@ from glintru_rec.errors import InputError
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
+def process_group(device: str, timeout_seconds: float | None = None) -> Iterator[torch.device]:
     """Join the process group that the launcher set up, or a group of one; leave it at the end.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
+        timeout_seconds: how long a rank waits for the others before it fails; None: as long as torch does, 30 minutes.
 
     Yields:
         This rank's device. CUDA ranks talk over NCCL (and gloo for what lies on the CPU), others over gloo.
@@ -30,6 +34,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         )
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     this_device = torch.device("cpu")
     if use_cuda:
         this_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -38,10 +43,10 @@ def process_group(device: str) -> Iterator[torch.device]:
         store, rank, world_size = next(dist.rendezvous("env://"))
         # The agent's store outlives a restart: without a prefix a rank may read the address of a dead one and fail to connect.
         attempt = dist.PrefixStore(f"attempt-{restart_count()}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
     else:
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrec warns without it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield this_device
     finally:
@@ -63,6 +68,36 @@ def quiet_dependencies() -> None:
     for message in (".*broadcast_buffers.*", ".*we are deprecating ShardedTensor.*", ".*torch.distributed is disabled.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+class StopSignals:
+    """SIGTERM, which spot machines and schedulers send before they take a machine away, and SIGINT, which is Ctrl-C.
+
+    Within the ``with`` either is noted instead of ending the process; a second SIGINT ends it.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def any_rank_received(self) -> bool:
+        """Whether this or another rank was to stop; all ranks ask together, and hear the same."""
+        flag = torch.tensor([int(self.received is not None)], dtype=torch.int32)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
 
 
 def join_ids(ids: torch.Tensor) -> torch.Tensor:

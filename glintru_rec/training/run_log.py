@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,37 +27,74 @@ PACKAGES = (
 class RunLog:
     """Append records to ``RUN_DIR/metrics.jsonl`` and the same numbers to ``RUN_DIR/tensorboard``.
 
+    A full disk stops neither training nor the log: records wait in memory until there is room, TensorBoard's events end.
+
     Args:
         run_dir: the run directory.
         step: where the run goes on: later records, of a run that was killed after its last checkpoint, are dropped.
+        validated_step: step of the last validation that the checkpoint knows of; later ones are done again.
     """
 
-    def __init__(self, run_dir: Path, step: int = 0):
+    def __init__(self, run_dir: Path, step: int = 0, validated_step: int = -1):
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
+        self.path = run_dir / "metrics.jsonl"
         kept = []
-        if path.exists():
+        if self.path.exists():
+
+            def is_known(record: dict) -> bool:
+                return record["step"] <= (validated_step if record["kind"] == "valid" else step)
+
             # A line cut short by a kill has no newline; what it said is past the last checkpoint.
             try:
-                lines = path.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                lines = self.path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and is_known(json.loads(line))]
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is damaged ({error}); move it away to go on with the run") from error
-        write_text(path, "".join(kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+                raise InputError(f"{self.path} is damaged ({error}); move it away to go on with the run") from error
+        write_text(self.path, "".join(kept))
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self.unwritten = b""
+        self.board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, epoch: int, **numbers: float) -> None:
-        """Add a record; ``kind`` is ``train`` or ``valid``."""
-        self.file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n")
-        for name, value in numbers.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        """Add a record; ``kind`` is ``train``, ``valid`` or ``checkpoint``."""
+        was_waiting = bool(self.unwritten)
+        self.unwritten += (json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n").encode()
+        try:
+            self._write_out()
+        except OSError as error:
+            if not was_waiting:
+                _warn(f"{self.path} cannot be written ({error}): its lines wait in memory")
+        if self.board is None:
+            return
+        try:
+            for name, value in numbers.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:  # of an earlier event: a thread writes them
+            _warn(f"TensorBoard's events cannot be written ({error}): they end before step {step}")
+            self.board = None
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close both.
+
+        Raises:
+            InputError: there is no room for the records that wait.
+        """
+        try:
+            self._write_out()
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error}): make room, and go on by trainer.resume=true") from error
         self.file.close()
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write_out(self) -> None:
+        while self.unwritten:  # a write may take a part
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) or 0 :]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def describe_versions() -> dict[str, str | None]:

@@ -20,11 +20,14 @@ def summarize_records(path: Path, best_step: int) -> dict[str, float | int | Non
     Returns:
         ``train_seconds`` in training steps (no validation, no checkpoint); ``targets_per_second`` over them, of all ranks;
         ``best_epoch``, the passes over the data done at the best validation; ``peak_memory_bytes`` of the first rank's
-        process, and on CUDA ``peak_device_memory_bytes`` of its device. None for what the records of an older version lack.
+        process, and on CUDA ``peak_device_memory_bytes`` of its device; ``num_checkpoints`` written,
+        ``num_failed_checkpoints`` that could not be, and ``checkpoint_stalled_seconds``, how long training waited for all of
+        them. None for what the records of an older version lack.
     """
     records = [json.loads(line) for line in path.read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     valid = [record for record in records if record["kind"] == "valid"]
+    saves = [record for record in records if record["kind"] == "checkpoint"]
     is_timed = all("seconds" in record for record in train)
     seconds = sum(record["seconds"] for record in train) if is_timed else None
     targets = sum(record["num_targets"] for record in train) if is_timed else 0
@@ -33,6 +36,9 @@ def summarize_records(path: Path, best_step: int) -> dict[str, float | int | Non
         "train_seconds": seconds,
         "targets_per_second": targets / seconds if seconds else None,
         "best_epoch": next((record["epoch"] for record in valid if record["step"] == best_step), None),
+        "num_checkpoints": sum(not record["failed"] for record in saves),
+        "num_failed_checkpoints": sum(record["failed"] for record in saves),
+        "checkpoint_stalled_seconds": sum(record["stalled_seconds"] for record in saves),
         **{name: max((record[name] for record in valid if name in record), default=None) for name in peaks},
     }
 

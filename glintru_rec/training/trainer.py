@@ -5,6 +5,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,11 +22,21 @@ from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import build_optimizer
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
-from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state, save_checkpoint
+from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state
+from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
-from glintru_rec.training.processes import seed_step
+from glintru_rec.training.processes import StopSignals, seed_step
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.summary import count_parameters, peak_memory, summarize_records
+
+# Greater than the number of any batch.
+NO_BATCH = 2**62
+# Users and items that are named of a batch whose loss is bad.
+NUM_NAMED = 5
+
+
+class Stopped(Exception):
+    """A signal ended training before its end; it is saved and can go on."""
 
 
 class Trainer:
@@ -70,7 +82,18 @@ class Trainer:
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
+        self.checkpoints = CheckpointWriter(
+            self.run_dir,
+            self.model,
+            self.optimizer,
+            self.average,
+            config.trainer.keep_last,
+            config.trainer.keep_best,
+            config.trainer.checkpoint_in_background,
+            config.trainer.timeout_seconds,
+        )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, targets
+        self.bad_batch = torch.tensor(NO_BATCH, device=device)  # number of the first of the epoch with a bad loss
         self.recorded = time.monotonic()
         self.protocol = Protocol(split="valid")
 
@@ -91,39 +114,53 @@ class Trainer:
                 f"(optimizer.ema_decay): resume likewise, or choose another output"
             )
         if state.batching != self.state.batching:
-            # Other batches, or ranks, or data: start the epoch under way anew rather than skip or repeat parts of it.
-            state.step_in_epoch, state.batching = 0, self.state.batching
+            # Other batches, or data: start the epoch under way anew rather than skip or repeat parts of it.
+            state.batches_in_epoch, state.batching = 0, self.state.batching
             if self.rank == 0:
-                print("batches, ranks or data are other ones than before: the epoch under way starts anew", flush=True)
+                print("batches or data are other ones than before: the epoch under way starts anew", flush=True)
         load_checkpoint(checkpoints[-1], self.model, self.optimizer, self.average)
         self.state = state
         if self.rank == 0:
             print(f"resumed from {checkpoints[-1]} (step {state.step}, epoch {state.epoch + 1})", flush=True)
 
     def fit(self) -> RunState:
-        """Train until the last epoch, the last step, or until validation stops improving."""
-        trainer = self.config.trainer
-        self.log = RunLog(self.run_dir, self.state.step) if self.rank == 0 else None
-        ahead = (trainer.max_epochs - self.state.epoch) * self.batches.num_steps(self.state.epoch) - self.state.step_in_epoch
-        total = self.state.step + ahead
+        """Train until the last epoch, the last step, or until validation stops improving.
+
+        Raises:
+            Stopped: by SIGTERM or SIGINT, on any rank; the weights of the last step are saved.
+        """
+        trainer, state = self.config.trainer, self.state
+        self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
+        ahead = self.batches.num_steps(state.epoch, state.batches_in_epoch)
+        ahead += max(0, trainer.max_epochs - state.epoch - 1) * self.batches.num_steps(state.epoch)
+        total = state.step + ahead
         self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
+        with StopSignals() as self.signals:
+            self._fit()
+        if self.rank == 0 and self._stalled():
+            print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
+        self._wait_for_checkpoint()
+        last = self.checkpoints.last
+        if last and last.error:
+            raise InputError(f"the last checkpoint cannot be written ({last.error}); make room, go on by trainer.resume=true")
+        if self.log is not None:
+            self.log.close()
+            write_json(self.run_dir / "finished.json", self._summary())
+        return self.state
+
+    def _fit(self) -> None:
+        trainer = self.config.trainer
         while not self._is_over():
             self.train_epoch()
             if self._out_of_steps():
                 break
-            self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+            self.state.epoch, self.state.batches_in_epoch = self.state.epoch + 1, 0
             if self.state.epoch % trainer.validate_every_epochs == 0 and self.state.validated_step != self.state.step:
                 self.validate()
                 self.save()
         if self.state.validated_step != self.state.step:
             self.validate()
             self.save()
-        if self.rank == 0 and self._stalled():
-            print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
-        if self.log is not None:
-            self.log.close()
-            write_json(self.run_dir / "finished.json", self._summary())
-        return self.state
 
     def _summary(self) -> dict:
         """Say how the run went, all its parts together."""
@@ -142,22 +179,24 @@ class Trainer:
         trainer, state = self.config.trainer, self.state
         self.begin_epoch()
         self.recorded = time.monotonic()
-        for batch in self.batches.epoch(state.epoch, state.step_in_epoch):
-            self.loss_sum += self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
+        for batch in self.batches.epoch(state.epoch, state.batches_in_epoch):
+            sums = self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
+            self._add(sums, state.batches_in_epoch + self.rank)
             state.step += 1
-            state.step_in_epoch += 1
+            state.batches_in_epoch += self.world_size
             if state.step % trainer.log_every_steps == 0:
                 self._record()
             if trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0:
                 self.save()
             if self._out_of_steps():
                 break
+            self._stop_if_asked()
         self._record()
 
     def begin_epoch(self) -> None:
         """Make ready what the steps of the epoch under way share."""
         self.model.train()
-        self.steps_of_epoch = self.batches.num_steps(self.state.epoch)
+        self.batches_of_epoch = self.batches.num_batches(self.state.epoch)
         if not self.whole_catalog:  # anew for every epoch: which items are targets may change
             self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, self.state.epoch)
 
@@ -214,6 +253,7 @@ class Trainer:
         def update(done: int, total: int) -> None:
             progress.total = total
             progress.update(done)
+            self._stop_if_asked()
 
         seconds = time.monotonic()
         with self.average.in_place() if self.average else nullcontext():
@@ -221,8 +261,9 @@ class Trainer:
                 self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
             )
         seconds = time.monotonic() - seconds
-        if metrics["ndcg@10"] > state.best_value or state.best_step < 0:
-            state.best_step, state.best_value, state.validations_since_best = state.step, metrics["ndcg@10"], 0
+        state.value = metrics["ndcg@10"]
+        if state.value > state.best_value or state.best_step < 0:
+            state.best_step, state.best_value, state.validations_since_best = state.step, state.value, 0
         else:
             state.validations_since_best += 1
         state.validated_step = state.step
@@ -233,10 +274,39 @@ class Trainer:
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
 
     def save(self) -> None:
-        """Write a checkpoint, unless the loss has gone bad."""
+        """Begin to write a checkpoint, unless the loss has gone bad."""
         self._record()
-        save_checkpoint(self.run_dir, self.model, self.optimizer, self.average, self.state, self.config.trainer.keep_last)
-        self.recorded = time.monotonic()  # writing a checkpoint is no training
+        if self.state.validated_step != self.state.step:
+            self.state.value = None
+        self.checkpoints.save(self.state)
+        self._log_saves()
+        self.recorded = time.monotonic()  # copying a checkpoint is no training
+
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk, or cannot be."""
+        self.checkpoints.wait()
+        self._log_saves()
+
+    def _log_saves(self) -> None:
+        """Write down what became of the saves that have ended."""
+        for save in self.checkpoints.take_saves():
+            if self.log is not None:
+                seconds = {"stalled_seconds": save.stalled_seconds, "write_seconds": save.write_seconds}
+                self.log.write("checkpoint", save.state.step, save.state.epoch, failed=int(bool(save.error)), **seconds)
+
+    def _stop_if_asked(self) -> None:
+        """Save and stop, all ranks together, once one of them has got a signal.
+
+        Raises:
+            Stopped: there was one.
+        """
+        if self.signals.any_rank_received():
+            self.save()
+            self._wait_for_checkpoint()
+            if self.log is not None:
+                self.log.close()
+            good = list_checkpoints(self.run_dir)
+            raise Stopped(f"stopped by a signal at step {self.state.step}; last checkpoint: {good[-1] if good else 'none'}")
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
@@ -251,36 +321,60 @@ class Trainer:
     def _set_learning_rate(self) -> None:
         """Raise all learning rates, then lower them as scheduled; the fused table reads its own at the next ``zero_grad``."""
         state, trainer, optimizer = self.state, self.config.trainer, self.config.optimizer
-        done = (state.epoch + state.step_in_epoch / self.steps_of_epoch) / trainer.max_epochs
+        done = (state.epoch + state.batches_in_epoch / self.batches_of_epoch) / trainer.max_epochs
         if trainer.max_steps:
             done = max(done, state.step / trainer.max_steps)
         scale = learning_rate_scale(optimizer.schedule, done, state.step, optimizer.warmup_steps)
         for group, base in zip(self.optimizer.param_groups, self.base_learning_rates):
             group["lr"] = base * scale
 
+    def _add(self, sums: Tensor, number: int) -> None:
+        """Take in a step's sums, of batch ``number`` of the epoch; nothing here waits for the device."""
+        self.loss_sum += sums
+        loss, count = sums
+        is_bad = ~loss.isfinite() | (loss > (self.config.trainer.max_loss or math.inf) * count)
+        self.bad_batch = torch.where(is_bad, self.bad_batch.clamp(max=number), self.bad_batch)
+
     def _record(self) -> None:
         """Write the mean loss of all ranks since the last record, if there was a step.
 
         Raises:
-            InputError: it is not finite.
+            InputError: the loss of a batch was not finite, or too high.
         """
         dist.all_reduce(self.loss_sum)
-        total, count = self.loss_sum.tolist()
+        dist.all_reduce(self.bad_batch, dist.ReduceOp.MIN)
+        (total, count), bad_batch = self.loss_sum.tolist(), int(self.bad_batch)
         self.loss_sum.zero_()
         seconds, self.recorded = time.monotonic() - self.recorded, time.monotonic()
         if not count:
             return
-        if not math.isfinite(total):
-            good = list_checkpoints(self.run_dir)
-            last = good[-1] if good else "there is none yet"
-            raise InputError(
-                f"the loss is {total} at step {self.state.step}: lower the learning rates; last good checkpoint: {last}"
-            )
+        if bad_batch < NO_BATCH:
+            raise self._diverged(bad_batch)
         loss, rate = total / count, count / seconds
         if self.log is not None:
             spent = {"seconds": seconds, "num_targets": int(count)}
             self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate, **spent)
         self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
+
+    def _diverged(self, number: int) -> InputError:
+        """Say what batch ``number`` of the epoch, the first with a bad loss, was made of, and what is left."""
+        step = self.state.step - (self.state.batches_in_epoch - 1 - number) // self.world_size
+        batch, sequences = self.batches.look_up(self.state.epoch, number)
+        users = self.dataset.user_ids.take(pa.array(np.unique(sequences))).to_pylist()
+        items = self.dataset.vocabulary.decode(batch.item_ids.unique().numpy()).to_pylist()
+        self._wait_for_checkpoint()
+        good = list_checkpoints(self.run_dir)
+        limit = f", or is above trainer.max_loss={self.config.trainer.max_loss}" if self.config.trainer.max_loss else ""
+        return InputError(
+            f"the loss of batch {number + 1} of epoch {self.state.epoch + 1}, at step {step}, is not finite{limit}: "
+            f"lower the learning rates, or look at its users {_name_some(users)} and items {_name_some(items)}; "
+            f"last good checkpoint: {good[-1] if good else 'there is none yet'}"
+        )
+
+
+def _name_some(ids: list) -> str:
+    more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
+    return ", ".join(map(repr, ids[:NUM_NAMED])) + more
 
 
 def learning_rate_scale(schedule: str, done: float, step: int, warmup_steps: int) -> float:
