@@ -3,7 +3,18 @@
 import torchx.specs as specs
 
 
-def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
+def py(
+    *overrides: str,
+    nproc: int = 1,
+    max_restarts: int = 0,
+    nnodes: int = 1,
+    max_retries: int = 0,
+    cpu: int = 0,
+    gpu: int = 0,
+    memory_mb: int = 4096,
+    image: str = "",
+    mounts: str = "",
+) -> specs.AppDef:
     """Train a sequence model on a dataset made by launch/prepare.py.
 
     Writes a run directory: resolved config, versions, checkpoints, metrics.jsonl, TensorBoard events.
@@ -12,12 +23,23 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
         overrides: data.path=DIR output=RUN_DIR [model=glint_ru|glint_ru_light|rec_grela|lru_rec|sasrec]
             [loss=sampled_softmax|full_softmax] [table=row_wise|replicated] [experiment=NAME]
             [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides
-        nproc: processes (ranks) on this machine
+        nproc: processes (ranks) on each machine
         max_restarts: times that all ranks are restarted, from the last checkpoint, after a failure
+        nnodes: machines; all of them must see data.path and output
+        max_retries: times that the scheduler starts the whole job anew, as after machines were taken away; needs
+            trainer.resume=true
+        cpu: cores that the scheduler is asked for on each machine (0: one for each process)
+        gpu: GPUs that the scheduler is asked for on each machine
+        memory_mb: memory that the scheduler is asked for on each machine, in MiB
+        image: of the container, where the scheduler starts one (kubernetes)
+        mounts: of the container, type=bind,src=PATH,dst=PATH[,readonly] or type=volume,src=CLAIM,dst=PATH; several one
+            after the other, with commas between them (kubernetes)
     """
     from glintru_rec.programs.launcher import app
 
-    return app("train", overrides, nproc, max_restarts)
+    if max_retries > 0 and "trainer.resume=true" not in overrides:
+        raise ValueError(f"max_retries is {max_retries}: give trainer.resume=true, so that a retry goes on where the run was")
+    return app("train", overrides, nproc, max_restarts, nnodes, max_retries, cpu, gpu, memory_mb, image, mounts)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,16 @@
-"""Kill a scoring job at random moments, run it again each time, and compare its output with an undisturbed one's.
+"""Kill jobs at random moments and compare what they end with with what undisturbed ones end with.
+
+python tools/chaos.py train output=DIR [kills=30] [stop_every=5] [nproc=2] [seed=0] [key=value ...]
+
+Workers (ranks) of a training job under torchelastic are killed (SIGKILL), and every fifth stopped (SIGSTOP), so that it hangs;
+0: none is stopped. Further key=value are those of launch/train.py; without data.path a small dataset is made up. Moments are
+drawn evenly from the time that the undisturbed job took, from when all ranks were started, anew or first. A job that ends is
+compared and another one begun, until there were enough blows. All losses, metrics, the best weights, and where the last
+checkpoints stood must be equal to the bit.
 
 python tools/chaos.py score output=DIR [kills=30] [seed=0] [key=value ...]
+
+A scoring job is killed, and run again each time.
 
 Further key=value are those of launch/score.py: artifact=, input=, mode=, ... Without artifact and input both are made up, with
 files=8 of rows=3000 each, for every mode (default: candidates). DIR must not exist, or be empty; it gets undisturbed/ and
@@ -27,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from chaos_train import chaos_train
 
 from glintru_rec import GlintRU
 from glintru_rec.config import compose
@@ -45,20 +56,28 @@ processes: Any = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["glintru_rec.programs.score", "glintru_rec.programs.launcher"])
 
 
-def chaos(overrides: list[str]) -> int:
+def chaos(program: str, overrides: list[str]) -> int:
     """Do what the command line says; give the exit status."""
-    own, arguments = {"kills": "30", "seed": "0", "files": "8", "rows": "3000", "output": ""}, []
+    own = {"kills": 30, "seed": 0, **({"nproc": 2, "stop_every": 5} if program == "train" else {"files": 8, "rows": 3000})}
+    output, arguments = "", []
     for override in overrides:
         key, is_pair, value = override.partition("=")
-        if key in own and is_pair:
-            own[key] = value
+        if key == "output" and is_pair:
+            output = value
+        elif key in own and is_pair:
+            own[key] = _count(key, value)
         else:
             arguments.append(override)
-    kills, seed, files, rows = (_count(key, own[key]) for key in ("kills", "seed", "files", "rows"))
-    if not own["output"]:
+    if not output:
         raise InputError("missing value: give output=…")
-    folder = Path(own["output"])
+    folder = Path(output)
     check_free("output", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return (chaos_train if program == "train" else chaos_score)(folder, arguments, **own)
+
+
+def chaos_score(folder: Path, arguments: list[str], kills: int, seed: int, files: int, rows: int) -> int:
+    """Do what is said above of ``score``; give the exit status."""
     given = {argument.partition("=")[0] for argument in arguments}
     if not given & {"artifact", "input"}:
         arguments += make_up(folder, files, rows, seed) + ([] if "mode" in given else ["mode=candidates"])
@@ -176,11 +195,11 @@ def make_up(folder: Path, num_files: int, num_rows: int, seed: int) -> list[str]
 def main() -> int:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", choices=("score",))
+    parser.add_argument("program", choices=("train", "score"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     try:
-        return chaos(arguments.overrides)
+        return chaos(arguments.program, arguments.overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,6 +1,7 @@
 """How programs start: their TorchX jobs, their command lines, their errors."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,33 +13,67 @@ from glintru_rec.files import write_text
 Schema = TypeVar("Schema")
 
 USER_ERROR = 2
+# Where the ranks of several machines meet, on the first of them: torchelastic's own choice.
+RENDEZVOUS_PORT = 29500
 
 
-def app(program: str, overrides: Sequence[str], nproc: int = 1, max_restarts: int = 0) -> Any:
+def app(
+    program: str,
+    overrides: Sequence[str],
+    nproc: int = 1,
+    max_restarts: int = 0,
+    nnodes: int = 1,
+    max_retries: int = 0,
+    cpu: int = 0,
+    gpu: int = 0,
+    memory_mb: int = 4096,
+    image: str = "",
+    mounts: str = "",
+) -> Any:
     """Describe the TorchX job of ``launch/<program>.py``.
 
     Args:
         program: name of the module in ``launch``.
         overrides: passed on to it.
-        nproc: processes (ranks) on one machine.
+        nproc: processes (ranks) on each machine.
         max_restarts: times that torchelastic restarts all ranks after a failure.
+        nnodes: machines.
+        max_retries: times that the scheduler starts the whole job anew after a failure.
+        cpu: cores to ask for on each machine; 0: one for each process.
+        gpu: GPUs to ask for on each machine.
+        memory_mb: memory to ask for on each machine, in MiB.
+        image: of the container, where the scheduler starts one.
+        mounts: in TorchX's words: ``type=bind,src=…,dst=…``, perhaps ``,readonly``, and ``,type=…`` for the next.
     """
     from torchx import specs
 
-    if nproc < 1 or max_restarts < 0:
-        raise ValueError(f"nproc is {nproc} and max_restarts is {max_restarts}; at least 1 and at least 0 are needed")
-    command = ["-m", f"launch.{program}", *overrides]
-    if nproc > 1 or max_restarts > 0:
-        elastic = ["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
-        command = ["-m", "torch.distributed.run", *elastic, *command]
+    if min(nproc, nnodes, memory_mb) < 1 or min(max_restarts, max_retries, cpu, gpu) < 0:
+        raise ValueError(
+            f"nproc is {nproc}, nnodes {nnodes}, memory_mb {memory_mb}: at least 1 is needed; max_restarts is {max_restarts}, "
+            f"max_retries {max_retries}, cpu {cpu}, gpu {gpu}: at least 0"
+        )
+    entrypoint, command = "python", ["-m", f"launch.{program}", *overrides]
+    elastic = [f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
+    if nnodes > 1:
+        # The scheduler puts the first machine's name into a variable, and the shell that into the command.
+        host = f"$${{{specs.macros.rank0_env}:=localhost}}:{RENDEZVOUS_PORT}"
+        rendezvous = f"--nnodes={nnodes} --rdzv-backend=c10d --rdzv-id={specs.macros.app_id} --rdzv-endpoint={host}"
+        start = f"exec python -m torch.distributed.run {rendezvous}"
+        entrypoint, command = "bash", ["-c", f"{start} {shlex.join([*elastic, *command])}"]
+    elif nproc > 1 or max_restarts > 0:
+        command = ["-m", "torch.distributed.run", "--standalone", *elastic, *command]
     role = specs.Role(
         name=program,
-        image="",
-        entrypoint="python",
+        image=image,
+        entrypoint=entrypoint,
         args=command,
+        num_replicas=nnodes,
+        max_retries=max_retries,
         # OpenMP's waiting threads spin; beside another busy process that makes small operations several times slower.
         env={"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "1000"},
-        resource=specs.Resource(cpu=nproc, gpu=0, memMB=4096),
+        resource=specs.Resource(cpu=cpu or nproc, gpu=gpu, memMB=memory_mb),
+        port_map={"c10d": RENDEZVOUS_PORT},
+        mounts=specs.parse_mounts(mounts.split(",")) if mounts else [],
     )
     return specs.AppDef(name=program, roles=[role])
 

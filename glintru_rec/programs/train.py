@@ -56,7 +56,10 @@ def _restarted(run_dir: Path) -> bool:
 
 def _check_free(run_dir: Path, resume: bool) -> None:
     """Refuse, on all ranks, a run directory that holds anything, unless the run in it goes on."""
-    taken = torch.tensor([int(run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())))])
+    # What a launch that was killed at its very start left is nothing: a file that never got its name, or its mark alone.
+    held = {LAUNCH_FILE} if _restarted(run_dir) else set()
+    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {run_dir.name} if run_dir.exists() else set()
+    taken = torch.tensor([int(any(name not in held and not name.startswith(".partial-") for name in names))])
     dist.broadcast(taken, 0)
     if taken.item() and resume and not (run_dir / "config.yaml").is_file():
         raise InputError(

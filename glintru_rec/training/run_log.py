@@ -56,8 +56,8 @@ class RunLog:
         self.unwritten = b""
         self.board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, kind: str, step: int, epoch: int, **numbers: float) -> None:
-        """Add a record; ``kind`` is ``train``, ``valid`` or ``checkpoint``."""
+    def write(self, kind: str, step: int, epoch: int, **numbers: float | list[float]) -> None:
+        """Add a record; ``kind`` is ``train``, ``valid`` or ``checkpoint``; a list has a number for each rank."""
         was_waiting = bool(self.unwritten)
         self.unwritten += (json.dumps({"kind": kind, "step": step, "epoch": epoch, **numbers}) + "\n").encode()
         try:
@@ -69,7 +69,9 @@ class RunLog:
             return
         try:
             for name, value in numbers.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                parts = {f"/{rank}": each for rank, each in enumerate(value)} if isinstance(value, list) else {"": value}
+                for suffix, part in parts.items():
+                    self.board.add_scalar(f"{kind}/{name}{suffix}", part, step)
         except OSError as error:  # of an earlier event: a thread writes them
             _warn(f"TensorBoard's events cannot be written ({error}): they end before step {step}")
             self.board = None

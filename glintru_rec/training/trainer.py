@@ -1,6 +1,7 @@
 """The training loop, to be read from the top: fit → train_epoch → train_step."""
 
 import math
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_che
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import StopSignals, seed_step
+from glintru_rec.training.rank_meter import RankMeter, lagging_rank
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.summary import count_parameters, peak_memory, summarize_records
 
@@ -33,6 +35,7 @@ from glintru_rec.training.summary import count_parameters, peak_memory, summariz
 NO_BATCH = 2**62
 # Users and items that are named of a batch whose loss is bad.
 NUM_NAMED = 5
+SECONDS_BETWEEN_LAGS = 60.0
 
 
 class Stopped(Exception):
@@ -94,7 +97,9 @@ class Trainer:
         )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, targets
         self.bad_batch = torch.tensor(NO_BATCH, device=device)  # number of the first of the epoch with a bad loss
-        self.recorded = time.monotonic()
+        spread = config.table.sharding == "row_wise"
+        self.meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
+        self.recorded, self.lag_said = time.monotonic(), -math.inf
         self.protocol = Protocol(split="valid")
 
     def resume(self) -> None:
@@ -341,6 +346,7 @@ class Trainer:
         Raises:
             InputError: the loss of a batch was not finite, or too high.
         """
+        own_targets = float(self.loss_sum[1])
         dist.all_reduce(self.loss_sum)
         dist.all_reduce(self.bad_batch, dist.ReduceOp.MIN)
         (total, count), bad_batch = self.loss_sum.tolist(), int(self.bad_batch)
@@ -351,10 +357,23 @@ class Trainer:
         if bad_batch < NO_BATCH:
             raise self._diverged(bad_batch)
         loss, rate = total / count, count / seconds
+        ranks = self.meter.collect(own_targets)
         if self.log is not None:
-            spent = {"seconds": seconds, "num_targets": int(count)}
-            self.log.write("train", self.state.step, self.state.epoch, loss=loss, targets_per_second=rate, **spent)
+            figures = {"loss": loss, "targets_per_second": rate, "seconds": seconds, "num_targets": int(count)}
+            self.log.write("train", self.state.step, self.state.epoch, **figures, **ranks)
+            self._say_who_lags(ranks["rank_targets_per_second"])
         self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
+
+    def _say_who_lags(self, rates: list[float]) -> None:
+        lagging = lagging_rank(rates)
+        if lagging is not None and time.monotonic() - self.lag_said >= SECONDS_BETWEEN_LAGS:
+            self.lag_said = time.monotonic()
+            others = ", ".join(f"{rate:,.0f}" for rank, rate in enumerate(rates) if rank != lagging)
+            print(
+                f"rank {lagging} lags: {rates[lagging]:,.0f} targets/s in encoder and loss, the other ranks {others}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _diverged(self, number: int) -> InputError:
         """Say what batch ``number`` of the epoch, the first with a bad loss, was made of, and what is left."""

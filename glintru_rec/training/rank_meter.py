@@ -1,0 +1,92 @@
+"""What each rank does on its own in a step, so that a slow one, or one that serves most of the table, can be seen.
+
+In every step all ranks wait for the slowest, so their steps take equally long. What differs is the time from when a rank has
+its table rows to when it has their gradients: encoder and loss, forwards and backwards, with no exchange between ranks in it
+(but with ``loss.gather_negatives``, which is over before, and gradients, which are sent on the way and waited for after).
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# A rank lags if the median rank is this many times as fast.
+LAG = 1.5
+
+
+class RankMeter:
+    """Measure this rank between two calls of `collect`.
+
+    Args:
+        table: the item table of the model that is trained.
+        rows_per_rank: of a table spread by rows: rank r has those from ``r * rows_per_rank`` on; 0 for one that is not.
+    """
+
+    def __init__(self, table: nn.Module, rows_per_rank: int):
+        self.rows_per_rank, self.world_size = rows_per_rank, dist.get_world_size()
+        self.spans: list[tuple[Any, Any]] = []  # beginnings and ends, seconds or CUDA events
+        self.lookups = torch.zeros(self.world_size, dtype=torch.int64)
+        table.register_forward_hook(self._looked_up)
+
+    def collect(self, num_targets: float) -> dict[str, list[float]]:
+        """Bring the figures of all ranks together, since the last call; all ranks call it.
+
+        Args:
+            num_targets: that this rank has trained on.
+
+        Returns:
+            By rank: ``rank_seconds`` in encoder and loss, ``rank_targets_per_second`` over these, and of a table spread by
+            rows ``rank_lookups``, rows that it was asked for by all.
+        """
+        own = torch.tensor([sum(_seconds(*span) for span in self.spans), num_targets], dtype=torch.float64)
+        self.spans = []
+        ranks = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(ranks, own)
+        seconds, targets = torch.stack(ranks).T.tolist()
+        rates = [count / spent if spent else 0.0 for count, spent in zip(targets, seconds)]
+        figures = {"rank_seconds": seconds, "rank_targets_per_second": rates}
+        if self.rows_per_rank:
+            lookups, self.lookups = self.lookups.cpu(), torch.zeros_like(self.lookups)
+            dist.all_reduce(lookups)
+            figures["rank_lookups"] = lookups.tolist()
+        return figures
+
+    def _looked_up(self, _: nn.Module, ids: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():  # a validation
+            return
+        if self.rows_per_rank:
+            asked = torch.bincount(torch.cat(ids) // self.rows_per_rank, minlength=self.world_size)
+            self.lookups = self.lookups.to(asked.device) + asked
+        begin, place = _now(rows[0]), len(self.spans)
+        self.spans.append((begin, begin))
+
+        def has_gradient(gradient: Tensor) -> None:
+            self.spans[place] = (begin, _now(gradient))
+
+        for each in rows:
+            each.register_hook(has_gradient)
+
+
+def lagging_rank(rates: list[float]) -> int | None:
+    """Name the slowest rank, if the median of the others is `LAG` times as fast or more."""
+    slowest = min(range(len(rates)), key=rates.__getitem__)
+    others = [rate for rank, rate in enumerate(rates) if rank != slowest]
+    return slowest if others and statistics.median(others) >= LAG * rates[slowest] > 0 else None
+
+
+def _now(tensor: Tensor) -> Any:
+    if not tensor.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
