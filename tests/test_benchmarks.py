@@ -24,6 +24,11 @@ def test_bench_train(dataset_dir):
     assert len(re.findall(r"targets/s +[\d.]+x", text)) == 2
 
 
+def test_bench_checkpoint(tmp_path):
+    text = run("bench_checkpoint.py", "--items", "2000", "--dim", "16", "--saves", "1", "--dir", str(tmp_path))
+    assert len(re.findall(r"training waits [\d.]+ s, files take [\d.]+ s", text)) == 2
+
+
 def test_bench_step():
     text = run("bench_step.py", "--width", "16", "--repeats", "1")
     assert [text.count(f"\n{name}") for name in ("GlintRU ", "RecGRELA", "LRURec")] == [6, 3, 3]
