@@ -22,7 +22,7 @@ from glintru_rec.training.build import build_model
 from glintru_rec.training.checkpoint import best_checkpoint, list_checkpoints, load_plain, read_state
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import process_group
-from glintru_rec.training.rank_meter import lagging_rank
+from glintru_rec.training.rank_meter import describe_lag
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.trainer import Trainer
 from tests.conftest import REPOSITORY, SMALL, environment, run_program
@@ -141,17 +141,24 @@ def test_rank_meter_sees_time_targets_and_lookups(dataset_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "lagging"), [([100], None), ([100, 90], None), ([100, 60], 1), ([60, 100, 90, 110], 0), ([0.0, 0.0], None)]
+    ("rates", "lag"),
+    [
+        ([100], ""),
+        ([100, 90], ""),
+        ([3000, 1500], "rank 1 lags: 1,500 targets/s in encoder and loss, the others 3,000"),
+        ([60, 100, 90, 110], "rank 0 lags: 60 targets/s in encoder and loss, the others 100"),
+        ([0.0, 0.0], ""),
+    ],
 )
-def test_a_rank_lags_behind_the_median_of_the_others(rates, lagging):
-    assert lagging_rank(rates) == lagging
+def test_a_rank_lags_behind_the_median_of_the_others(rates, lag):
+    assert describe_lag(rates) == lag
 
 
 @programs
 @pytest.mark.parametrize(
     ("overrides", "limit"),
     [
-        (["table.optimizer=sgd", "table.learning_rate=1e30"], ""),
+        (["table.optimizer=sgd", "table.learning_rate=1e30", "trainer.checkpoint_every_steps=1"], ""),
         (["optimizer.learning_rate=1e30"], ""),
         (["trainer.max_loss=0.001"], ", or is above trainer.max_loss=0.001"),
     ],
@@ -173,7 +180,10 @@ def test_a_run_that_goes_bad_names_step_users_items_and_the_last_good_checkpoint
     assert {int(user) for user in users} <= set(np.array(dataset.user_ids)[sequences])
     assert {int(item) for item in items} <= set(dataset.vocabulary.decode(batch.item_ids.numpy()).to_pylist())
     assert "last good checkpoint: there is none yet" in result.stderr
-    assert not list_checkpoints(tmp_path / "run")
+    checkpoints = list_checkpoints(tmp_path / "run")
+    assert len(checkpoints) == ("trainer.checkpoint_every_steps=1" in overrides)
+    assert ("do not go on from" in result.stderr) == bool(checkpoints)  # its weights gave the bad loss
+    assert all(f"do not go on from {checkpoint}" in result.stderr for checkpoint in checkpoints)
     assert not records(tmp_path / "run", "valid")
 
 

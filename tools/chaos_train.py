@@ -61,7 +61,7 @@ def chaos_train(folder: Path, arguments: list[str], kills: int, stop_every: int,
 
     moments, struck, ended, worst = random.Random(seed), 0, 0, 0.0
     while True:
-        job, struck_before = Job(folder, arguments, nproc, kills - struck), struck
+        job, struck_before, start = Job(folder, arguments, nproc, kills - struck), struck, time.monotonic()
         while struck < kills and (workers := job.sleep(moments.uniform(0, duration))):
             is_stop = stop_every > 0 and struck % stop_every == stop_every - 1
             rank = moments.randrange(nproc)
@@ -86,6 +86,8 @@ def chaos_train(folder: Path, arguments: list[str], kills: int, stop_every: int,
         if differing:
             return failed(folder, f"{run_dir} and {undisturbed} differ in {', '.join(differing)}")
         print(f"equal after {struck - struck_before} blows", flush=True)
+        if struck == struck_before:  # over before its moment, perhaps for the machine is quicker by now
+            duration = min(duration, time.monotonic() - start)
         if struck >= kills:
             break
         shutil.rmtree(run_dir)

@@ -56,10 +56,9 @@ def _restarted(run_dir: Path) -> bool:
 
 def _check_free(run_dir: Path, resume: bool) -> None:
     """Refuse, on all ranks, a run directory that holds anything, unless the run in it goes on."""
-    # What a launch that was killed at its very start left is nothing: a file that never got its name, or its mark alone.
-    held = {LAUNCH_FILE} if _restarted(run_dir) else set()
-    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {run_dir.name} if run_dir.exists() else set()
-    taken = torch.tensor([int(any(name not in held and not name.startswith(".partial-") for name in names))])
+    held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else [run_dir.name] if run_dir.exists() else []
+    # What a launch that was killed at its very start left is nothing: its mark, or files that never got their names.
+    taken = torch.tensor([int(any(name != LAUNCH_FILE and not name.startswith(".partial-") for name in held))])
     dist.broadcast(taken, 0)
     if taken.item() and resume and not (run_dir / "config.yaml").is_file():
         raise InputError(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# A rank lags if the median rank is this many times as fast.
+# A rank lags if the median of the others is this many times as fast.
 LAG = 1.5
 
 
@@ -70,11 +70,19 @@ class RankMeter:
             each.register_hook(has_gradient)
 
 
-def lagging_rank(rates: list[float]) -> int | None:
-    """Name the slowest rank, if the median of the others is `LAG` times as fast or more."""
+def describe_lag(rates: list[float]) -> str:
+    """Name the slowest rank, if the median of the others is `LAG` times as fast or more; empty if none lags.
+
+    Args:
+        rates: ``rank_targets_per_second`` of `RankMeter.collect`.
+    """
     slowest = min(range(len(rates)), key=rates.__getitem__)
     others = [rate for rank, rate in enumerate(rates) if rank != slowest]
-    return slowest if others and statistics.median(others) >= LAG * rates[slowest] > 0 else None
+    if not others or not statistics.median(others) >= LAG * rates[slowest] > 0:
+        return ""
+    return (
+        f"rank {slowest} lags: {rates[slowest]:,.0f} targets/s in encoder and loss, the others {statistics.median(others):,.0f}"
+    )
 
 
 def _now(tensor: Tensor) -> Any:

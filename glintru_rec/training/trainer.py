@@ -27,7 +27,7 @@ from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_che
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import StopSignals, seed_step
-from glintru_rec.training.rank_meter import RankMeter, lagging_rank
+from glintru_rec.training.rank_meter import RankMeter, describe_lag
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.summary import count_parameters, peak_memory, summarize_records
 
@@ -361,19 +361,11 @@ class Trainer:
         if self.log is not None:
             figures = {"loss": loss, "targets_per_second": rate, "seconds": seconds, "num_targets": int(count)}
             self.log.write("train", self.state.step, self.state.epoch, **figures, **ranks)
-            self._say_who_lags(ranks["rank_targets_per_second"])
+            lag = describe_lag(ranks["rank_targets_per_second"])
+            if lag and time.monotonic() - self.lag_said >= SECONDS_BETWEEN_LAGS:
+                self.lag_said = time.monotonic()
+                print(lag, file=sys.stderr, flush=True)
         self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
-
-    def _say_who_lags(self, rates: list[float]) -> None:
-        lagging = lagging_rank(rates)
-        if lagging is not None and time.monotonic() - self.lag_said >= SECONDS_BETWEEN_LAGS:
-            self.lag_said = time.monotonic()
-            others = ", ".join(f"{rate:,.0f}" for rank, rate in enumerate(rates) if rank != lagging)
-            print(
-                f"rank {lagging} lags: {rates[lagging]:,.0f} targets/s in encoder and loss, the other ranks {others}",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def _diverged(self, number: int) -> InputError:
         """Say what batch ``number`` of the epoch, the first with a bad loss, was made of, and what is left."""
@@ -382,12 +374,15 @@ class Trainer:
         users = self.dataset.user_ids.take(pa.array(np.unique(sequences))).to_pylist()
         items = self.dataset.vocabulary.decode(batch.item_ids.unique().numpy()).to_pylist()
         self._wait_for_checkpoint()
-        good = list_checkpoints(self.run_dir)
+        checkpoints = list_checkpoints(self.run_dir)
+        good = [checkpoint for checkpoint in checkpoints if read_state(checkpoint).step < step - 1]
+        spoilt = [str(checkpoint) for checkpoint in checkpoints if checkpoint not in good]  # the loss is of these weights
         limit = f", or is above trainer.max_loss={self.config.trainer.max_loss}" if self.config.trainer.max_loss else ""
         return InputError(
             f"the loss of batch {number + 1} of epoch {self.state.epoch + 1}, at step {step}, is not finite{limit}: "
             f"lower the learning rates, or look at its users {_name_some(users)} and items {_name_some(items)}; "
             f"last good checkpoint: {good[-1] if good else 'there is none yet'}"
+            + (f"; do not go on from {', '.join(spoilt)}" if spoilt else "")
         )
 
 
