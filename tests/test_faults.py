@@ -151,7 +151,8 @@ def test_rank_meter_sees_time_targets_and_lookups(dataset_dir, tmp_path):
     ],
 )
 def test_a_rank_lags_behind_the_median_of_the_others(rates, lag):
-    assert describe_lag(rates) == lag
+    assert describe_lag([0.5, 2.0], rates) == lag
+    assert describe_lag([0.5, 0.9], rates) == ""  # too short to tell
 
 
 @programs

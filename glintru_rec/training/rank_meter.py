@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # A rank lags if the median of the others is this many times as fast.
 LAG = 1.5
+MIN_SECONDS = 1.0
 
 
 class RankMeter:
@@ -70,15 +71,16 @@ class RankMeter:
             each.register_hook(has_gradient)
 
 
-def describe_lag(rates: list[float]) -> str:
+def describe_lag(seconds: list[float], rates: list[float]) -> str:
     """Name the slowest rank, if the median of the others is `LAG` times as fast or more; empty if none lags.
 
     Args:
-        rates: ``rank_targets_per_second`` of `RankMeter.collect`.
+        seconds: ``rank_seconds`` of `RankMeter.collect`; where none has `MIN_SECONDS`, chance decides who is slow.
+        rates: and ``rank_targets_per_second``.
     """
     slowest = min(range(len(rates)), key=rates.__getitem__)
     others = [rate for rank, rate in enumerate(rates) if rank != slowest]
-    if not others or not statistics.median(others) >= LAG * rates[slowest] > 0:
+    if max(seconds) < MIN_SECONDS or not others or not statistics.median(others) >= LAG * rates[slowest] > 0:
         return ""
     return (
         f"rank {slowest} lags: {rates[slowest]:,.0f} targets/s in encoder and loss, the others {statistics.median(others):,.0f}"

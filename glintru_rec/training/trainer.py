@@ -361,7 +361,7 @@ class Trainer:
         if self.log is not None:
             figures = {"loss": loss, "targets_per_second": rate, "seconds": seconds, "num_targets": int(count)}
             self.log.write("train", self.state.step, self.state.epoch, **figures, **ranks)
-            lag = describe_lag(ranks["rank_targets_per_second"])
+            lag = describe_lag(ranks["rank_seconds"], ranks["rank_targets_per_second"])
             if lag and time.monotonic() - self.lag_said >= SECONDS_BETWEEN_LAGS:
                 self.lag_said = time.monotonic()
                 print(lag, file=sys.stderr, flush=True)
