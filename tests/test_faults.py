@@ -274,7 +274,7 @@ def test_a_full_disk_stops_neither_training_nor_the_log(dataset_dir, tmp_path):
 def test_a_killed_and_a_hung_rank_lose_nothing(tmp_path):
     """`tools/chaos.py train`: kill -9, then stop, one of two ranks; the losses, metrics and weights of an undisturbed run."""
     command = [sys.executable, "tools/chaos.py", "train", "kills=2", "stop_every=2", "seed=3", f"output={tmp_path}"]
-    command += ["trainer.max_epochs=10"]
+    command += ["trainer.max_epochs=4"]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "kill 1/2" in result.stdout

@@ -20,6 +20,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.training.build import load_unsharded
 from glintru_rec.training.checkpoint import list_checkpoints, read_state
 from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.processes import quiet_dependencies
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Small, quick, and with a checkpoint or a validation under way at many moments. What the command line says comes after.
@@ -27,7 +28,7 @@ SMALL = (
     "model.embedding_dim=16",
     "data.max_seq_len=20",
     "trainer.batch_targets=128",
-    "trainer.max_epochs=30",
+    "trainer.max_epochs=15",
     "trainer.patience=0",
     "trainer.checkpoint_every_steps=5",
     "trainer.log_every_steps=1",
@@ -49,6 +50,7 @@ def chaos_train(folder: Path, arguments: list[str], kills: int, stop_every: int,
         arguments = [f"data.path={make_up_dataset(folder, seed)}", *arguments]
     run_dir, undisturbed = folder / "run", folder / "undisturbed"
     arguments = [*SMALL, *arguments, f"output={run_dir}"]
+    quiet_dependencies()
     timeout = compose("train", TrainConfig, arguments).trainer.timeout_seconds
 
     start = time.monotonic()

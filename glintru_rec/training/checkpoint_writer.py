@@ -164,7 +164,7 @@ class CheckpointWriter:
 
 
 def _copy(value: Any) -> Any:
-    """Copy the tensors of a nested state to the CPU."""
+    """Copy the tensors of a nested state to the CPU, once (torch's own stager copies a shard twice)."""
     if isinstance(value, dict):
         return {key: _copy(member) for key, member in value.items()}
     if isinstance(value, list):
