@@ -185,8 +185,9 @@ def test_no_targets():
 @pytest.fixture(params=[(1024, 16384), (3, 4), (7, 5), (1, 1)], ids=str)
 def blocks(request, monkeypatch):
     """Blocks of logits: one, non-divisible, divisible by the targets alone, single logits."""
-    monkeypatch.setattr(softmax, "ROWS", request.param[0])
-    monkeypatch.setattr(softmax, "COLUMNS", request.param[1])
+    for suffix in ("", "_AT_ONCE"):
+        monkeypatch.setattr(softmax, f"ROWS{suffix}", request.param[0])
+        monkeypatch.setattr(softmax, f"COLUMNS{suffix}", request.param[1])
 
 
 @pytest.mark.usefixtures("blocks")
@@ -241,9 +242,12 @@ def test_full_in_bf16():
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
-def test_full_never_holds_all_logits(monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_full_never_holds_all_logits(monkeypatch, at_once):
     monkeypatch.setattr(softmax, "ROWS", 4)
     monkeypatch.setattr(softmax, "COLUMNS", 8)
+    monkeypatch.setattr(softmax, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(softmax, "COLUMNS_AT_ONCE", 50 if at_once else 49)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
