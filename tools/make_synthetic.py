@@ -1,22 +1,23 @@
 """Write a log of any catalog size whose next-item law is known, and the best figures that this law allows.
 
-python tools/make_synthetic.py OUTPUT [--items 1000000] [--clusters 1000] [--users 10000] [--events 200] [--stay 0.9] [--seed 0]
+python tools/make_synthetic.py OUTPUT [--items 1000000] [--clusters 200] [--users 4000] [--events 250] [--stay 0.9] [--seed 0]
 
-The items are divided into clusters of equal size; item j of cluster k has the id ``k * items / clusters + j``. Before each event
-a user stays in the cluster of the last item with probability ``stay``, and else draws a cluster; then comes an item of it::
+The items are divided into clusters of equal size; item j of cluster k has the id ``k * items / clusters + j``. Before each
+event a user stays in the cluster of the last item with probability ``stay``, and else draws a cluster; then an item of it::
 
     P(item j of cluster k | last item of cluster c) = (stay · [k = c] + (1 - stay) · g(k)) · z(j)
 
     g(k) ∝ (k + 1)^-0.5          z(j) ∝ (j + 1)^-1.2
 
-So a few items carry most events, as in real logs, and can be learnt from a few million of them however large the catalog is.
+So a few items carry most events, as in real logs, and a million events say enough about these however large the catalog is.
 The rest is there all the same: for every item there is one more user, with that item alone. These users give no targets and no
 cases to evaluate; they only make each item part of the catalog.
 
-OUTPUT gets ``log.parquet`` (user_id, item_id, timestamp: int64) and ``law.json``: the arguments, and for a ranking of the whole
-catalog, seen items included, the expected hr@10 and ndcg@10 of the best possible model and of one that ranks by popularity alone;
-``loss`` is the lowest expected cross-entropy, in nats. Prepare the log with ``min_user_events=1 min_item_events=1`` and evaluate
-with ``exclude_seen=false``: the law lets items come again. Memory does not grow with items, users or events.
+OUTPUT gets ``log.parquet`` (user_id, item_id, timestamp: int64) and ``law.json``: the arguments, and what is expected under the
+law when the whole catalog is ranked, seen items included: hr@10 and ndcg@10 of the best possible model and of ranking by
+popularity, and the lowest loss (cross-entropy, nats). Prepare the log with ``min_user_events=1 min_item_events=1`` and
+evaluate with ``exclude_seen=false``: the law lets items come again. Memory does not grow with users or events, nor beyond a few
+numbers per cluster, and per item of one cluster, with the catalog.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def best_figures(law: Law) -> dict[str, float]:
     """
     head, figures = law.ranks[:TOP], {"hr@10": 0.0, "ndcg@10": 0.0}
     item_entropy, loss = entropy(law.ranks), 0.0
-    for cluster, share in enumerate(law.clusters):
+    for cluster, share in enumerate(law.clusters.tolist()):
         transition = law.transition(cluster)
         for name, figure in figures_of(np.outer(transition, head).ravel()).items():
             figures[name] += share * figure
@@ -150,7 +151,7 @@ def main() -> None:
     """Read the command line, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    for name, default in (("items", 1_000_000), ("clusters", 1000), ("users", 10_000), ("events", 200), ("seed", 0)):
+    for name, default in (("items", 1_000_000), ("clusters", 200), ("users", 4000), ("events", 250), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--stay", type=float, default=0.9)
     given = parser.parse_args()
