@@ -81,9 +81,9 @@ def full_softmax(
 
         loss = -s⁺ + log Σ_v exp(s_v),   s = query · item / temperature
 
-    Ranks may share the catalog: each computes its part of every rank's sum, so none holds more than its own items. Then the
-    gradient of ``items`` is that of the sum of all ranks' losses, the gradient of ``query`` and ``aim`` of this rank's own.
-    TorchRec's tables and DDP both divide what comes from the ranks by their number, and all are those of the mean.
+    Ranks may share the catalog: the queries of all visit the items of each, so none holds more than its own. ``items`` then get
+    the gradient of all ranks' losses, ``query`` and ``aim`` of their own rank's: divided by the number of ranks, as TorchRec's
+    tables and DDP do, all are gradients of the mean over ranks.
 
     Args:
         query: ``[T, D]``; T may differ from rank to rank, and be 0.
