@@ -10,6 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from glintru_rec.config import compose
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.prepare import PrepareConfig, prepare
+from glintru_rec.training.config import TrainConfig
 from tests.conftest import REPOSITORY
 
 # A file, not a package: it is run from the repository, and never installed.
@@ -81,9 +85,6 @@ def test_log_follows_the_law(synthetic):
 
 
 def test_every_item_is_in_the_catalog_and_gives_no_case(synthetic, tmp_path):
-    from glintru_rec.data.dataset import SequenceDataset
-    from glintru_rec.data.prepare import PrepareConfig, prepare
-
     folder, _, _ = synthetic
     config = PrepareConfig(str(folder / "log.parquet"), str(tmp_path / "dataset"), min_user_events=1, min_item_events=1)
     prepare(config, progress=lambda line: None)
@@ -117,3 +118,9 @@ def test_bad_arguments_are_named(arguments, monkeypatch, capsys, tmp_path):
         TOOL["main"]()
     assert f"{arguments[0]} is {arguments[1]}; it must be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_recipe_is_a_config():
+    arguments = ["experiment=synthetic", "data.path=x", "output=y", "loss.num_negatives=1000"]
+    loss = compose("train", TrainConfig, arguments).loss
+    assert (loss.negatives, loss.num_negatives) == ("popularity", 1000)
