@@ -32,3 +32,10 @@ def test_bench_checkpoint(tmp_path):
 def test_bench_step():
     text = run("bench_step.py", "--width", "16", "--repeats", "1")
     assert [text.count(f"\n{name}") for name in ("GlintRU ", "RecGRELA", "LRURec")] == [6, 3, 3]
+
+
+def test_bench_softmax():
+    few = ["--targets", "40", "--items", "3000", "--growing", "1000", "20000", "--repeats", "1"]
+    text = run("bench_softmax.py", *few)
+    assert len(re.findall(r"^ +[\d,]+ +\d+ .*x  (?:in blocks, fp32|full logits)$", text, flags=re.MULTILINE)) == 4
+    assert re.search(r"ms in blocks, fp32, [\d,]+ ms on full logits: [\d.]+x$", text, flags=re.MULTILINE)

@@ -185,8 +185,9 @@ def test_no_targets():
 @pytest.fixture(params=[(1024, 16384), (3, 4), (7, 5), (1, 1)], ids=str)
 def blocks(request, monkeypatch):
     """Blocks of logits: one, non-divisible, divisible by the targets alone, single logits."""
-    monkeypatch.setattr(softmax, "ROWS", request.param[0])
-    monkeypatch.setattr(softmax, "COLUMNS", request.param[1])
+    for suffix in ("", "_AT_ONCE"):
+        monkeypatch.setattr(softmax, f"ROWS{suffix}", request.param[0])
+        monkeypatch.setattr(softmax, f"COLUMNS{suffix}", request.param[1])
 
 
 @pytest.mark.usefixtures("blocks")
@@ -241,9 +242,12 @@ def test_full_in_bf16():
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
-def test_full_never_holds_all_logits(monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_full_never_holds_all_logits(monkeypatch, at_once):
     monkeypatch.setattr(softmax, "ROWS", 4)
     monkeypatch.setattr(softmax, "COLUMNS", 8)
+    monkeypatch.setattr(softmax, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(softmax, "COLUMNS_AT_ONCE", 50 if at_once else 49)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -344,13 +348,38 @@ def test_probabilities_sum_to_one(distribution):
     assert total.item() == pytest.approx(1, abs=1e-12)
 
 
-def test_popularity_at_the_ends_of_what_each_item_has(monkeypatch):
-    """No random number lets an item without events through: not the first one of an item, nor its last."""
-    distribution = Popularity(torch.tensor([0, 3, 0, 0, 1, 2, 0]))
-    first = distribution.cumulative[[1, 4, 5]]
-    last = distribution.cumulative[[2, 5, 6]] - 1
-    monkeypatch.setattr(torch, "randint", lambda high, *_, **__: torch.cat([first, last]))
-    assert distribution.draw(6).tolist() == [1, 4, 5, 1, 4, 5]
+ODD_COUNTS = {
+    "one item": [3],
+    "equal": [2, 2, 2],
+    "without some": [0, 3, 0, 0, 1, 2, 0],
+    "one of many": [0] * 9 + [1] + [0] * 20,
+    "one above all": [1] * 50 + [10**9],
+    "falling": [10**6 // (i + 1) for i in range(300)],
+    "by chance": torch.randint(9, (999,), generator=torch.Generator().manual_seed(0)).tolist(),
+}
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("name", ODD_COUNTS)
+def test_popularity_fills_its_places(name, power):
+    """Room of an item in all places = its probability, in whole numbers: what is drawn is what log_p says, exactly."""
+    counts = torch.tensor(ODD_COUNTS[name])
+    distribution = Popularity(counts, power)
+    (kept, alias), room = distribution.places, distribution.room
+    assert bool(((kept >= 0) & (kept <= room)).all())
+    drawn = kept.index_add(0, alias, room - kept)
+    assert torch.equal(drawn == 0, counts == 0)
+    share = counts.double() ** power
+    assert_close(drawn.double() / (room * len(counts)), share / share.sum(), rtol=1e-9, atol=0)
+    log_p = distribution.log_p(torch.arange(len(counts)))
+    assert_close(log_p, drawn.double().log() - math.log(room * len(counts)), rtol=0, atol=1e-12)
+
+
+def test_uniform_draws_are_even_in_a_large_catalog():
+    """32 random bits modulo 3 * 2^26 would give its first third a share of 22/64."""
+    drawn = Uniform(3 * 2**26).draw(200_000, torch.Generator().manual_seed(0))
+    share = (drawn < 2**26).double().mean().item()
+    assert abs(share - 1 / 3) < 4 * (2 / 9 / 200_000) ** 0.5 < (22 / 64 - 1 / 3) / 2
 
 
 def test_popularity_keeps_the_rarest():

@@ -123,3 +123,14 @@ def local_rows(model: DistributedModelParallel) -> tuple[Tensor, int]:
     if not shards:
         return torch.empty(0, weight.size(1)), 0
     return shards[0].tensor.detach().float(), shards[0].metadata.shard_offsets[0]
+
+
+def answered_ids(num_items: int) -> range:
+    """Give the ids whose rows this rank looks up where all ranks go over the whole catalog together: an even part of them.
+
+    Right for any sharding: the ranks' parts follow one another and cover the catalog (the last may be empty). A table that is
+    sharded by rows is cut at the same places, so each rank finds its part at home; others divide the work all the same.
+    """
+    share = -(-num_items // dist.get_world_size())
+    first = min(share * dist.get_rank(), num_items)
+    return range(first, min(first + share, num_items))

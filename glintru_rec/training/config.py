@@ -73,7 +73,8 @@ class LossConfig:
     """What is minimised.
 
     Attributes:
-        name: ``sampled_softmax``, or ``full_softmax`` over the whole catalog (small catalogs).
+        name: ``sampled_softmax``, or ``full_softmax`` over the whole catalog: exact, a target costs one product per item. The
+            ranks share it evenly, so each holds the vectors, and their gradients, of its part of the catalog alone.
         negatives: how ``sampled_softmax`` draws what a rank's batch shares: ``uniform``; ``log_uniform`` (Zipf's law over
             the index: `prepare` numbers items by falling count); ``popularity`` (by training count); ``in_batch`` (the
             batch's targets); ``mixed`` (``in_batch`` and ``uniform``).

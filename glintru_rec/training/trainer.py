@@ -20,7 +20,7 @@ from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
-from glintru_rec.tables.sharding import build_optimizer
+from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
 from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state
@@ -231,9 +231,11 @@ class Trainer:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
         if self.whole_catalog:
-            everything = torch.arange(self.num_items, device=self.device)
-            output = self.model(batch.item_ids, batch.offsets, everything, loss.horizon, loss.horizon_decay)
-            return full_softmax(output.query, output.aim, output.negatives, loss.temperature, loss.precision)
+            own = answered_ids(self.num_items)  # all ranks together have all
+            own_ids = torch.arange(own.start, own.stop, device=self.device)
+            output = self.model(batch.item_ids, batch.offsets, own_ids, loss.horizon, loss.horizon_decay)
+            vectors = (output.query, output.aim, output.negatives)
+            return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
         drawn = self.negatives.draw(target_ids.cpu())
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
