@@ -199,10 +199,14 @@ def conv_case(lengths: list[int], d_in: int, d_out: int, taps: int) -> Case:
 def depthwise_case(lengths: list[int], width: int, taps: int) -> Case:
     """Depthwise causal convolution: a dense one with a diagonal weight."""
     offsets = offsets_of(lengths)
+
+    def reference(x, weight, bias):
+        return (conv_reference(x, torch.eye(width, dtype=x.dtype).unsqueeze(2) * weight, bias, offsets, True),)
+
     return Case(
         f"depthwise conv D={width} k={taps}",
         {"x": draw(sum(lengths), width), "weight": draw(width, 1, taps), "bias": draw(width)},
-        lambda x, weight, bias: (conv_reference(x, torch.eye(width, dtype=x.dtype).unsqueeze(2) * weight, bias, offsets, True),),
+        reference,
         lambda *inputs: (triton_conv.forward(*inputs, offsets.to(inputs[0].device)),),
         lambda grads, inputs, _: triton_conv.backward(*grads, *inputs[:2], offsets.to(inputs[0].device)),
     )

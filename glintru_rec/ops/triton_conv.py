@@ -150,7 +150,8 @@ def _dense(
 ):
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + tl.load(bias + outputs, mask=outputs < D_OUT, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + outputs, mask=outputs < D_OUT, other=0.0).to(tl.float32)
+    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + shift[None, :]
     for tap in tl.static_range(TAPS):
         for first in range(0, D_IN, INPUTS):
             inputs = first + tl.arange(0, INPUTS)
@@ -209,7 +210,8 @@ def _depthwise(
 ):
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     channels = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + tl.load(bias + channels, mask=channels < D, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + channels, mask=channels < D, other=0.0).to(tl.float32)
+    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + shift[None, :]
     for tap in tl.static_range(TAPS):
         seen = _shifted(x, item, num_items, room, TAPS - 1 - tap, channels, DIRECTION, D)
         y += seen * tl.load(weight + channels * TAPS + tap, mask=channels < D, other=0.0).to(tl.float32)[None, :]

@@ -38,8 +38,8 @@ def forward(gates: Tensor, weight: Tensor, initial: Tensor, offsets: Tensor, sav
         save: keep what `backward` needs.
 
     Returns:
-        The hidden state after every item, ``[T, D]``, after each sequence's last one, ``[B, D]``, and r, z, n and W_n h_{t-1} of
-        every item, ``[T, 4*D]`` (``[0, 4*D]`` where they are not kept).
+        The hidden state after every item, ``[T, D]``, after each sequence's last one, ``[B, D]``, and r, z, n and W_n h_{t-1}
+        of every item, ``[T, 4*D]`` (``[0, 4*D]`` where they are not kept).
 
     Raises:
         InputError: a dtype or a width that the kernels do not take.
@@ -168,7 +168,7 @@ def _forward(
         own = state + place[:, None] * WIDTH
         tl.store(own + columns[None, :], h, mask=inside)
         tl.debug_barrier()
-    alive = (0 < length)[:, None] & inside
+    alive = (length > 0)[:, None] & inside
     g_r = _load(gates, start, columns, alive, 3 * WIDTH)
     g_z = _load(gates + WIDTH, start, columns, alive, 3 * WIDTH)
     g_n = _load(gates + 2 * WIDTH, start, columns, alive, 3 * WIDTH)
@@ -249,7 +249,7 @@ def _backward(
         w_r = _weights(weight, 0, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
         w_z = _weights(weight, 1, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
         w_n = _weights(weight, 2, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
-    row, alive = start + length - 1, (0 < length)[:, None] & inside  # every sequence from its own end
+    row, alive = start + length - 1, (length > 0)[:, None] & inside  # every sequence from its own end
     dh, z, r, by_r, by_z, by_n = _slopes(saved, previous, grad_hidden, row, columns, alive, WIDTH)
     for back in range(tl.max(length, 0)):
         # What the step before needs does not depend on this one's gradient: it is read and computed meanwhile.

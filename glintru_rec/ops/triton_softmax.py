@@ -2,8 +2,8 @@
 
     l_t = log Σ_v exp(q_t · e_v - c_v)  over all v,  or over those whose id is not the target's
 
-Exact softmax over a catalog is ``l_t - q_t · e_target`` with c = 0; for a sampled one v runs over the negatives, c is their log_q,
-and the target's own score joins by a ``logaddexp``. The backward pass computes the scores again. With p = exp(s - l)::
+Exact softmax over a catalog is ``l_t - q_t · e_target`` with c = 0; for a sampled one v runs over the negatives, c is their
+log_q, and the target's own score joins by a ``logaddexp``. The backward pass computes the scores again. With p = exp(s - l)::
 
     ∂q_t = g_t Σ_v p_tv e_v        ∂e_v = Σ_t g_t p_tv q_t
 
