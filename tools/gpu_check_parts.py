@@ -1,5 +1,6 @@
 """The parts of tools/gpu_check.py, each run as ``python tools/gpu_check_parts.py PART [DATASET]`` on a GPU."""
 
+import itertools
 import platform
 import statistics
 import sys
@@ -17,7 +18,11 @@ from glintru_rec.jagged import offsets_from_lengths
 
 GIB = 1 << 30
 BEAUTY_LENGTHS = (3, 3, 4, 4, 5, 5, 6, 7, 8, 10, 14, 30)  # about the quantiles of that log
-CATALOGS = {"catalog": (100_000_000, 64, "fp32"), "billion": (1_000_000_000, 64, "fp16")}
+CATALOGS = {
+    "catalog": (100_000_000, 64, "fp32"),
+    "billion": (1_000_000_000, 32, "fp16"),
+    "wide": (1_000_000_000, 64, "fp16"),  # 123 GiB with its optimizer
+}
 
 
 class Part(NamedTuple):
@@ -82,7 +87,7 @@ def sharded(_: str) -> None:
         run.steps(1)
         changed = int((local_rows(run.trainer.model)[0] != before).any(1).sum())
         loss = run.loss()
-        print(f"one step on {run.trainer.device}: loss {loss:.4f} (log K is {np.log(1024):.4f}), {changed} rows changed")
+        print(f"one step on {run.trainer.device}: loss {loss:.4f} (log V is {np.log(1000):.4f}), {changed} rows changed")
         if not (np.isfinite(loss) and changed > 0):
             raise SystemExit("the step did not train")
 
@@ -280,7 +285,7 @@ class training:
         dataset = in_memory({"vocabulary_sha256": ""}, None, None, *self.sequences)
         self.trainer = Trainer(compose("train", TrainConfig, self.overrides), dataset, device)
         self.trainer.begin_epoch()
-        self.batches = self.trainer.batches.epoch(0)
+        self.batches = itertools.chain.from_iterable(self.trainer.batches.epoch(epoch) for epoch in itertools.count())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -323,7 +328,8 @@ PARTS = {
     "ops": Part(ops, 20, 60),
     "ml1m": Part(ml1m, 30, 90),
     "catalog": Part(lambda _: catalog("catalog"), 20, 60),
-    "billion": Part(lambda _: catalog("billion"), 30, 90),
+    "billion": Part(lambda _: catalog("billion"), 25, 60),
+    "wide": Part(lambda _: catalog("wide"), 30, 90),
     "encoders": Part(encoders, 30, 240),
 }
 
