@@ -28,7 +28,7 @@ setup: $(READY)
 $(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 		|| { echo "Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 1; }
-	@echo "setting up $(VENV) (once; some minutes, about 2 GB)"
+	@echo "setting up $(VENV) (once; some minutes, about 3 GB)"
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
 	@$(PIP) install "$(TORCH)" -e '.[$(FBGEMM),dev]'

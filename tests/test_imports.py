@@ -96,7 +96,12 @@ def floor(module: str) -> int:
 
 
 def is_torch_only(module: str) -> bool:
-    return floor(module) <= 3 or module == "glintru_rec.model"
+    return (floor(module) <= 3 or module == "glintru_rec.model") and not is_kernels(module)
+
+
+def is_kernels(module: str) -> bool:
+    """Whether a module holds Triton kernels: it stands on torch and triton."""
+    return module.startswith("glintru_rec.ops.triton_")
 
 
 def test_the_walk_reads_every_form_of_import():
@@ -161,6 +166,17 @@ def test_lower_floors_and_the_model_import_torch_alone():
     assert others == []
 
 
+def test_only_kernels_need_triton():
+    """What holds them starts from torch and triton, and no other module imports them, or triton, when it is imported."""
+    kernels = [found for found in IMPORTS if found.at_start and is_kernels(found.module)]
+    assert {"triton", "triton.language"} <= {found.target for found in kernels}
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "glintru_rec"}
+    assert [f"{found.module} imports {found.target}" for found in kernels if found.target.split(".")[0] not in allowed] == []
+    others = [found for found in IMPORTS if found.at_start and not is_kernels(found.module)]
+    wrong = [found for found in others if found.target.split(".")[0] == "triton" or "ops.triton_" in found.target]
+    assert [f"{found.module} imports {found.target}" for found in wrong] == []
+
+
 def type_annotations(tree: ast.AST) -> set[ast.AST]:
     """All nodes inside annotations."""
     roots = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
@@ -183,7 +199,7 @@ def test_only_the_tables_know_torchrec_distributed():
     assert wrong == []
 
 
-BLOCKED = ("torchrec", "fbgemm_gpu", "hydra", "omegaconf", "pyarrow", "duckdb")
+BLOCKED = ("torchrec", "fbgemm_gpu", "hydra", "omegaconf", "pyarrow", "duckdb", "triton")
 ALONE = f"""
 import sys
 

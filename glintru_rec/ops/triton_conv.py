@@ -1,0 +1,244 @@
+"""Ragged causal convolution on a GPU, dense and depthwise: kernels of `glintru_rec.ops.conv`.
+
+    y_n = b + Σ_s W_s x_{n-s},    s = 0 .. k-1 items back,    x = 0 before a sequence's first item
+
+The shifted copies of x that a matmul would need never exist. The gradient of x is the same convolution forward in time, with
+transposed weights; the weights' gradient is summed over stretches of items, and these sums over the stretches.
+
+Shapes: T items, D_in and D_out channels, k taps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glintru_rec.errors import InputError
+from glintru_rec.jagged import lengths_from_offsets, positions, sequence_index
+from glintru_rec.ops.triton_common import factors, product, refuse
+
+ITEMS, INPUTS, OUTPUTS = 64, 32, 64  # of a tile
+WIDEST = 2**31  # channels are taken in tiles
+STRETCH = 1024  # items whose share of the weights' gradient one program sums
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    """Convolve every sequence of a ragged batch over time, causally. All tensors are contiguous and of one dtype.
+
+    Args:
+        x: ``[T, D_in]``.
+        weight: as ``torch.nn.Conv1d.weight``, ``[D_out, D_in, k]``, or ``[D_in, 1, k]`` for a depthwise one.
+        bias: ``[D_out]``.
+        offsets: int64 ``[B + 1]``, from 0 to T.
+
+    Returns:
+        ``[T, D_out]``.
+
+    Raises:
+        InputError: a dtype that the kernels do not take, or a weight that fits neither convolution.
+    """
+    refuse("ragged_conv1d", x, x.size(1), WIDEST)
+    out = x.new_empty(x.size(0), weight.size(0))
+    if _is_depthwise(x, weight):
+        _run_depthwise(x, weight, bias, positions(offsets, x.size(0)), -1, out)
+    else:
+        _run_dense(x, weight.permute(2, 1, 0).contiguous(), bias, positions(offsets, x.size(0)), -1, out)
+    return out
+
+
+def backward(grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of `forward`'s inputs.
+
+    Args:
+        grad_out: gradient of the result, ``[T, D_out]``.
+        x: as given to `forward`.
+        weight: likewise.
+        offsets: likewise.
+
+    Returns:
+        Gradients of ``x``, ``weight`` and ``bias``.
+    """
+    num_items = x.size(0)
+    position = positions(offsets, num_items)
+    remaining = lengths_from_offsets(offsets)[sequence_index(offsets, num_items)] - 1 - position
+    zero = weight.new_zeros(x.size(1))
+    grad_x = torch.empty_like(x)
+    if _is_depthwise(x, weight):
+        _run_depthwise(grad_out, weight, zero, remaining, 1, grad_x)
+        grad_weight = _depthwise_weight_gradient(grad_out, x, weight, position)
+    else:
+        _run_dense(grad_out, weight.permute(2, 0, 1).contiguous(), zero, remaining, 1, grad_x)
+        grad_weight = _dense_weight_gradient(grad_out, x, weight, position)
+    return grad_x, grad_weight.to(weight.dtype), grad_out.sum(0)
+
+
+def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
+    if weight.size(1) == x.size(1):
+        return False
+    if weight.size(1) != 1 or weight.size(0) != x.size(1):
+        shapes = f"weight {list(weight.shape)} and x {list(x.shape)}"
+        raise InputError(f"ragged_conv1d: {shapes} fit neither a dense nor a depthwise convolution")
+    return True
+
+
+def _run_dense(x: Tensor, weight: Tensor, bias: Tensor, room: Tensor, direction: int, out: Tensor) -> None:
+    """Convolve with weights ``[k, D_in, D_out]`` for the last tap first, as `torch.nn.Conv1d` counts them."""
+    grid = (triton.cdiv(x.size(0), ITEMS), triton.cdiv(out.size(1), OUTPUTS))
+    if x.size(0) > 0:
+        sizes = {"TAPS": weight.size(0), "D_IN": x.size(1), "D_OUT": out.size(1), "DIRECTION": direction}
+        tiles = {"ITEMS": ITEMS, "INPUTS": INPUTS, "OUTPUTS": OUTPUTS, "FACTORS": factors(x.dtype)}
+        _dense[grid](x, weight, bias, room, out, x.size(0), **sizes, **tiles, num_warps=4, num_stages=2)
+
+
+def _run_depthwise(x: Tensor, weight: Tensor, bias: Tensor, room: Tensor, direction: int, out: Tensor) -> None:
+    grid = (triton.cdiv(x.size(0), ITEMS), triton.cdiv(x.size(1), OUTPUTS))
+    if x.size(0) > 0:
+        sizes = {"TAPS": weight.size(2), "D": x.size(1), "DIRECTION": direction}
+        _depthwise[grid](x, weight, bias, room, out, x.size(0), **sizes, ITEMS=ITEMS, OUTPUTS=OUTPUTS, num_warps=4)
+
+
+def _dense_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, position: Tensor) -> Tensor:
+    """Sum grad_out ⊗ shifted x: ``[D_out, D_in, k]``, fp32."""
+    d_out, d_in, taps = weight.shape
+    stretches = triton.cdiv(x.size(0), STRETCH)
+    shares = torch.empty(stretches, taps, d_in, d_out, dtype=torch.float32, device=x.device)
+    if stretches > 0:
+        grid = (stretches, taps * triton.cdiv(d_in, INPUTS), triton.cdiv(d_out, OUTPUTS))
+        sizes = {"TAPS": taps, "D_IN": d_in, "D_OUT": d_out, "STRETCH": STRETCH}
+        tiles = {"ITEMS": ITEMS, "INPUTS": INPUTS, "OUTPUTS": OUTPUTS, "FACTORS": factors(x.dtype)}
+        _dense_weight[grid](grad_out, x, position, shares, x.size(0), **sizes, **tiles, num_warps=4, num_stages=1)
+    return shares.sum(0).permute(2, 1, 0).contiguous()
+
+
+def _depthwise_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, position: Tensor) -> Tensor:
+    """Sum grad_out ⊗ shifted x, channel by channel: ``[D, 1, k]``, fp32."""
+    width, _, taps = weight.shape
+    stretches = triton.cdiv(x.size(0), STRETCH)
+    shares = torch.empty(stretches, width, 1, taps, dtype=torch.float32, device=x.device)
+    if stretches > 0:
+        grid = (stretches, taps, triton.cdiv(width, OUTPUTS))
+        sizes = {"TAPS": taps, "D": width, "STRETCH": STRETCH, "ITEMS": ITEMS, "OUTPUTS": OUTPUTS}
+        _depthwise_weight[grid](grad_out, x, position, shares, x.size(0), **sizes, num_warps=4)
+    return shares.sum(0)
+
+
+@triton.jit
+def _shifted(x, item, num_items, room, back, channels, DIRECTION: tl.constexpr, WIDTH: tl.constexpr):
+    """Read the items ``back`` steps before (or after) some items in fp32, zeros where the sequence has none there."""
+    there = (item < num_items) & (tl.load(room + item, mask=item < num_items, other=-1) >= back)
+    row = item.to(tl.int64) + DIRECTION * back
+    mask = there[:, None] & (channels < WIDTH)[None, :]
+    return tl.load(x + row[:, None] * WIDTH + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dense(
+    x,
+    weight,
+    bias,
+    room,
+    out,
+    num_items,
+    TAPS: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    ITEMS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    shift = tl.load(bias + outputs, mask=outputs < D_OUT, other=0.0).to(tl.float32)
+    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + shift[None, :]
+    for tap in tl.static_range(TAPS):
+        for first in range(0, D_IN, INPUTS):
+            inputs = first + tl.arange(0, INPUTS)
+            seen = _shifted(x, item, num_items, room, TAPS - 1 - tap, inputs, DIRECTION, D_IN)
+            inside = (inputs < D_IN)[:, None] & (outputs < D_OUT)[None, :]
+            w = tl.load(weight + (tap * D_IN + inputs)[:, None] * D_OUT + outputs[None, :], mask=inside, other=0.0)
+            y += product(seen, w, FACTORS)
+    mask = (item < num_items)[:, None] & (outputs < D_OUT)[None, :]
+    tl.store(out + item.to(tl.int64)[:, None] * D_OUT + outputs[None, :], y, mask=mask)
+
+
+@triton.jit
+def _dense_weight(
+    grad_out,
+    x,
+    position,
+    shares,
+    num_items,
+    TAPS: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    STRETCH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    stretch, tap = tl.program_id(0), tl.program_id(1) % TAPS
+    inputs = (tl.program_id(1) // TAPS) * INPUTS + tl.arange(0, INPUTS)
+    outputs = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
+    share = tl.zeros([INPUTS, OUTPUTS], tl.float32)
+    for first in range(stretch * STRETCH, min((stretch + 1) * STRETCH, num_items), ITEMS):
+        item = first + tl.arange(0, ITEMS)
+        seen = _shifted(x, item, num_items, position, TAPS - 1 - tap, inputs, -1, D_IN)
+        mask = (item < num_items)[:, None] & (outputs < D_OUT)[None, :]
+        dy = tl.load(grad_out + item.to(tl.int64)[:, None] * D_OUT + outputs[None, :], mask=mask, other=0.0).to(tl.float32)
+        share += product(tl.trans(seen), dy, FACTORS)
+    inside = (inputs < D_IN)[:, None] & (outputs < D_OUT)[None, :]
+    at = ((stretch * TAPS + tap).to(tl.int64) * D_IN + inputs[:, None]) * D_OUT + outputs[None, :]
+    tl.store(shares + at, share, mask=inside)
+
+
+@triton.jit
+def _depthwise(
+    x,
+    weight,
+    bias,
+    room,
+    out,
+    num_items,
+    TAPS: tl.constexpr,
+    D: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    ITEMS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    channels = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    shift = tl.load(bias + channels, mask=channels < D, other=0.0).to(tl.float32)
+    y = tl.zeros([ITEMS, OUTPUTS], tl.float32) + shift[None, :]
+    for tap in tl.static_range(TAPS):
+        seen = _shifted(x, item, num_items, room, TAPS - 1 - tap, channels, DIRECTION, D)
+        y += seen * tl.load(weight + channels * TAPS + tap, mask=channels < D, other=0.0).to(tl.float32)[None, :]
+    mask = (item < num_items)[:, None] & (channels < D)[None, :]
+    tl.store(out + item.to(tl.int64)[:, None] * D + channels[None, :], y, mask=mask)
+
+
+@triton.jit
+def _depthwise_weight(
+    grad_out,
+    x,
+    position,
+    shares,
+    num_items,
+    TAPS: tl.constexpr,
+    D: tl.constexpr,
+    STRETCH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    stretch, tap = tl.program_id(0), tl.program_id(1)
+    channels = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
+    share = tl.zeros([OUTPUTS], tl.float32)
+    for first in range(stretch * STRETCH, min((stretch + 1) * STRETCH, num_items), ITEMS):
+        item = first + tl.arange(0, ITEMS)
+        seen = _shifted(x, item, num_items, position, TAPS - 1 - tap, channels, -1, D)
+        mask = (item < num_items)[:, None] & (channels < D)[None, :]
+        dy = tl.load(grad_out + item.to(tl.int64)[:, None] * D + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        share += tl.sum(seen * dy, 0)
+    tl.store(shares + (stretch * D + channels) * TAPS + tap, share, mask=channels < D)

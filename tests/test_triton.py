@@ -1,0 +1,145 @@
+"""Triton kernels without a GPU: their numbers in the interpreter, and what they compile to for sm_90."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from glintru_rec.errors import InputError
+from tests.conftest import REPOSITORY, environment
+
+pytest.importorskip("triton", reason="triton is not installed: no kernel was checked (pip install '.[triton]')")
+
+
+def run(tool: str, *arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    """Run a tool; whether kernels are interpreted is settled when triton is imported, so in a process of its own."""
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    env.pop("TRITON_INTERPRET", None)
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(REPOSITORY / "tools" / tool), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, env=env)
+
+
+@pytest.fixture(scope="module")
+def parity() -> subprocess.CompletedProcess[str]:
+    return run("kernel_parity.py", interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_cases", "num_tensors"),
+    [
+        ("gru", 2, 2 + 3),
+        ("scan", 1, 2 + 3),
+        ("attention", 2, 2 + 4),
+        ("normalized", 2, 3 + 7),
+        ("conv", 1, 1 + 3),
+        ("depthwise conv", 1, 1 + 3),
+        ("softmax", 2, 1 + 2),
+    ],
+)
+def test_kernels_equal_the_truth(parity, kernel, num_cases, num_tensors):
+    """Results and gradients of every case, in both dtypes."""
+    lines = [line for line in parity.stdout.splitlines() if re.match(rf"(ok|FAILED) +{kernel} (\w+=|\d)", line)]
+    assert len(lines) == 2 * num_cases * num_tensors, parity.stdout + parity.stderr[-3000:]
+    assert [line for line in lines if not line.startswith("ok")] == []
+
+
+def test_the_parity_check_can_fail(monkeypatch):
+    """What is written holds; what is off by a thousandth, or not written, does not."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import kernel_parity
+
+    def verdicts(forward, backward):
+        inputs = {"x": torch.randn(5, 3, dtype=torch.float64)}
+        case = kernel_parity.Case("double", inputs, lambda x: (2 * x,), forward, backward)
+        return [line.holds for line in kernel_parity.check(case, torch.float32, torch.device("cpu"))]
+
+    def right(x):
+        return (torch.empty_like(x).copy_(2 * x),)
+
+    def gradient(grads, inputs, results):
+        return [2 * grads[0]]
+
+    assert verdicts(right, gradient) == [True, True]
+    assert verdicts(lambda x: (torch.cat([2 * x[:4], torch.empty_like(x[4:])]),), gradient) == [False, True]
+    assert verdicts(lambda x: (2.002 * x,), gradient) == [False, True]
+    assert verdicts(right, lambda grads, inputs, results: [2.002 * grads[0]]) == [True, False]
+
+
+def test_without_a_gpu_nothing_passes_for_checked():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = run("kernel_parity.py", interpret=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no GPU" in result.stderr
+
+
+def test_kernels_compile_for_sm_90():
+    """One size of every kernel, both dtypes; `python tools/kernel_report.py` has all sizes."""
+    result = run("kernel_report.py", "--quick", interpret=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    names = {line.split()[0] for line in result.stdout.splitlines()[1:]}
+    assert names == {
+        *("gru_forward", "gru_backward", "scan_forward", "scan_backward", "attention_forward", "attention_backward"),
+        *("conv_dense", "conv_dense_weight", "conv_depthwise", "conv_depthwise_weight"),
+        *("softmax_forward", "softmax_backward_query", "softmax_backward_items"),
+    }
+
+
+def test_kernels_refuse_what_they_do_not_take():
+    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+
+    offsets = torch.tensor([0, 3])
+
+    def gru(width, dtype):
+        gates, weight, initial = (torch.zeros(n, m, dtype=dtype) for n, m in ((3, 3 * width), (3 * width, width), (1, width)))
+        assert not triton_gru.takes(weight)
+        triton_gru.forward(gates, weight, initial, offsets, True)
+
+    with pytest.raises(InputError, match=r"float32 up to 128, not torch\.float64 of width 8: use implementation='torch'"):
+        gru(8, torch.float64)
+    with pytest.raises(InputError, match=r"ragged_gru take .* not torch\.float32 of width 129"):
+        gru(129, torch.float32)
+    with pytest.raises(InputError, match=r"bfloat16 up to width 256 .* not torch\.bfloat16 of width 257"):
+        gru(257, torch.bfloat16)
+    x = torch.zeros(3, 2, 4, dtype=torch.float16)
+    assert not triton_scan.takes(x)
+    with pytest.raises(InputError, match="diagonal_scan"):
+        triton_scan.forward(x, x[0], x[:1], offsets)
+    q, v = torch.zeros(3, 1, 8), torch.zeros(3, 1, 65)
+    assert triton_attention.takes(q, q)
+    assert not triton_attention.takes(q, v)
+    with pytest.raises(InputError, match="linear_attention"):
+        triton_attention.forward(q, q, v, torch.zeros(1, 1, 8, 65), offsets, True)
+    with pytest.raises(InputError, match="log_sum_exp"):
+        triton_softmax.forward(torch.zeros(2, 129), torch.zeros(5, 129))
+    with pytest.raises(InputError, match=r"weight \[6, 3, 2\] and x \[3, 4\] fit neither"):
+        triton_conv.forward(torch.zeros(3, 4), torch.zeros(6, 3, 2), torch.zeros(6), offsets)
+
+
+def test_empty_batches_start_no_kernel():
+    """No GPU is needed for nothing: gradients of weights are zero, states come back."""
+    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+
+    none = torch.zeros(1, dtype=torch.int64)
+    weight = torch.randn(12, 4)
+    hidden, last, saved = triton_gru.forward(torch.zeros(0, 12), weight, torch.zeros(0, 4), none, True)
+    assert (hidden.shape, last.shape, saved.shape) == ((0, 4), (0, 4), (0, 16))
+    gradients = triton_gru.backward(hidden, last, weight, last, none, hidden, saved)
+    assert [tuple(g.shape) for g in gradients] == [(0, 12), (12, 4), (0, 4)]
+    assert not gradients[1].any()
+    states, last = triton_scan.forward(torch.zeros(0, 2, 4), torch.ones(2, 4), torch.zeros(0, 2, 4), none)
+    assert not triton_scan.backward(states, last, torch.ones(2, 4), last, none, states)[1].any()
+    q, state = torch.zeros(0, 2, 4), torch.zeros(0, 2, 4, 4)
+    assert [tuple(y.shape) for y in triton_attention.forward(q, q, q, state, none, True)] == [(0, 2, 4), (0, 2, 4, 4)]
+    x, kernel = torch.zeros(0, 4), torch.randn(6, 4, 3)
+    assert triton_conv.forward(x, kernel, torch.zeros(6), none).shape == (0, 6)
+    grad_x, grad_kernel, grad_bias = triton_conv.backward(torch.zeros(0, 6), x, kernel, none)
+    assert grad_x.shape == (0, 4)
+    assert not grad_kernel.any()
+    assert not grad_bias.any()
+    assert triton_softmax.forward(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
