@@ -134,8 +134,9 @@ def local_rows(model: DistributedModelParallel) -> tuple[Tensor, int]:
     # Whole rows come by looking them up, which joins the columns. All ranks take the same number of turns.
     rows = torch.empty(len(own), row_width, dtype=weight.dtype, device=model.device)
     for start in range(0, -(-num_items // dist.get_world_size()), ROWS_PER_EXCHANGE):
-        ids = torch.tensor(own[start : start + ROWS_PER_EXCHANGE], dtype=torch.int64, device=model.device)
-        rows[start : start + ids.numel()] = model.module.table(ids, ids[:0])[0]
+        part = own[start : start + ROWS_PER_EXCHANGE]
+        ids = torch.arange(part.start, part.stop, device=model.device)
+        rows[start : start + len(part)] = model.module.table(ids, ids[:0])[0]
     return rows, own.start
 
 
