@@ -39,3 +39,9 @@ def test_bench_softmax():
     text = run("bench_softmax.py", *few)
     assert len(re.findall(r"^ +[\d,]+ +\d+ .*x  (?:in blocks, fp32|full logits)$", text, flags=re.MULTILINE)) == 4
     assert re.search(r"ms in blocks, fp32, [\d,]+ ms on full logits: [\d.]+x$", text, flags=re.MULTILINE)
+
+
+def test_bench_catalog():
+    few = ["--items", "1000", "3000", "--ranks", "1", "2", "--turns", "2", "--steps", "2", "model.options.num_heads=2"]
+    text = run("bench_catalog.py", *few)
+    assert re.findall(r"│ +([\d,]+) +│ +(\d) +│", text) == [("1,000", "1"), ("3,000", "1"), ("1,000", "2"), ("3,000", "2")]

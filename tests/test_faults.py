@@ -60,7 +60,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step(dataset_dir, tmp_path, overr
         def whole() -> dict[str, torch.Tensor]:
             parts = trainer.model.state_dict()
             return {
-                name: (part.local_shards()[0].tensor if hasattr(part, "local_shards") else part).detach().clone()
+                name: (part.to_local().local_shards()[0] if hasattr(part, "to_local") else part).detach().clone()
                 for name, part in parts.items()
             }
 

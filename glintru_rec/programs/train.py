@@ -9,6 +9,7 @@ from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json, write_text
 from glintru_rec.programs.launcher import write_config
+from glintru_rec.tables.plan import describe_plan, print_plan
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import launch_id, process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
@@ -35,7 +36,10 @@ def train(config: TrainConfig) -> int:
             trainer.resume()
         # Written only now: what trainer or checkpoint refuse leaves no trace.
         if dist.get_rank() == 0:
+            plan = describe_plan(trainer.model, config.table)
             _start(run_dir, config, dataset)
+            write_json(run_dir / "plan.json", plan)
+            print_plan(plan)
         dist.barrier()
         try:
             state = trainer.fit()

@@ -57,7 +57,6 @@ def evaluate(
     num_users = check_has_cases(cases, protocol.split)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rows, first_item = local_rows(model)
-    vectors = module.item_vectors(rows.to(device))
     counts = torch.from_numpy(dataset.train_counts()).to(device) if protocol.kind == "popularity" else None
     metrics = RankingMetrics(protocol.ks, device)
     num_targets_seen = 0
@@ -72,7 +71,7 @@ def evaluate(
             query, _ = module.encode(item_ids, offsets, item_ids[:0])
             everyone = _Users(cases, start, min(start + batch_users * world_size, num_users), device)
             queries = _gather(query, [users.targets.numel() for users in group])
-            above, tied = _count_above(queries, vectors, first_item, everyone, protocol.exclude_seen)
+            above, tied = _count_above(module, queries, rows, first_item, everyone, protocol.exclude_seen)
         else:
             everyone = own
             above, tied = _count_above_sampled(module, own, item_ids, offsets, protocol, dataset.num_items, counts)
@@ -130,31 +129,38 @@ def _gather(query: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(received, sizes)])
 
 
-def _count_above(queries: Tensor, vectors: Tensor, first_item: int, users: _Users, exclude_seen: bool) -> tuple[Tensor, Tensor]:
+def _count_above(
+    module: SequenceModel, queries: Tensor, rows: Tensor, first_item: int, users: _Users, exclude_seen: bool
+) -> tuple[Tensor, Tensor]:
     """Count the catalog items that score above, and equal to, each user's target: two int64 ``[G]``."""
-    rows = torch.arange(queries.size(0), device=queries.device)
+    user = torch.arange(queries.size(0), device=queries.device)
     local_target = users.targets - first_item
-    is_here = (local_target >= 0) & (local_target < vectors.size(0))
+    is_here = (local_target >= 0) & (local_target < rows.size(0))
     size = max(1, BLOCK_SCORES // max(1, queries.size(0)))
-    blocks = [(begin, vectors[begin : begin + size]) for begin in range(0, vectors.size(0), size)]
+    begins = range(0, rows.size(0), size)
+
+    def score(begin: int) -> Tensor:
+        # Item vectors are made a block at a time: rows may be fp16, and too many to be held a second time.
+        return queries @ module.item_vectors(rows[begin : begin + size].to(queries)).t()
+
     # The target's score is read out of the very product that its rivals' scores come from: computed in another way it
     # could differ in the last bit, and equal items would not tie.
     target_score = torch.zeros(queries.size(0), device=queries.device)
     scores = torch.empty(0)
-    for begin, block in blocks:
-        scores = queries @ block.t()
-        mine = is_here & (local_target >= begin) & (local_target < begin + block.size(0))
-        target_score[mine] = scores[rows[mine], local_target[mine] - begin]
+    for begin in begins:
+        scores = score(begin)
+        mine = is_here & (local_target >= begin) & (local_target < begin + scores.size(1))
+        target_score[mine] = scores[user[mine], local_target[mine] - begin]
     dist.all_reduce(target_score)
-    above, tied = torch.zeros_like(rows), torch.zeros_like(rows)
-    for begin, block in blocks:
-        if len(blocks) > 1:
-            scores = queries @ block.t()
-        mine = is_here & (local_target >= begin) & (local_target < begin + block.size(0))
-        scores[rows[mine], local_target[mine] - begin] = -torch.inf  # the target is no rival of its own
+    above, tied = torch.zeros_like(user), torch.zeros_like(user)
+    for begin in begins:
+        if len(begins) > 1:
+            scores = score(begin)
+        mine = is_here & (local_target >= begin) & (local_target < begin + scores.size(1))
+        scores[user[mine], local_target[mine] - begin] = -torch.inf  # the target is no rival of its own
         if exclude_seen:
             local_seen = users.history - first_item - begin
-            inside = (local_seen >= 0) & (local_seen < block.size(0))
+            inside = (local_seen >= 0) & (local_seen < scores.size(1))
             scores[users.row_of_history[inside], local_seen[inside]] = -torch.inf
         above += (~(scores <= target_score.unsqueeze(1))).sum(1)  # NaN counts as above: a diverged model is no perfect one
         tied += (scores == target_score.unsqueeze(1)).sum(1)

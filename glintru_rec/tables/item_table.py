@@ -1,71 +1,30 @@
 """The item table: one TorchRec EmbeddingCollection that history and negatives are looked up in together."""
 
-import math
-from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
-from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
+from glintru_rec.tables.config import TableConfig
 
-SHARDINGS = ("row_wise", "replicated")
-# Optimizers that fbgemm fuses into the backward pass on CPU and CUDA alike; a replicated table takes AdamW.
-FUSED_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 # An EmbeddingCollection keeps its tables in a ModuleDict, which refuses names such as "items".
 TABLE_NAME = "t_item"
+FEATURES = ("history", "more")
 
 # Columns behind the embedding where items have a bias. The first is the bias; fbgemm wants widths that are multiples of 4,
 # so there are three more, which nothing reads: no gradient reaches them, and they stay 0.
 BIAS_COLUMNS = 4
 
-
-@dataclass
-class TableConfig:
-    """The item table and its optimizer.
-
-    Attributes:
-        sharding: ``row_wise`` spreads the rows over the ranks; ``replicated`` keeps a copy on each (small catalogs).
-        optimizer: ``rowwise_adagrad``, ``adagrad`` or ``sgd``, fused into the backward pass, for a sharded table;
-            ``adamw`` for a replicated one.
-        learning_rate: of the table.
-        weight_decay: of the table; ``adamw`` only (fbgemm ignores it for the others on CPU, so it is refused there).
-        eps: added to the root of the second moment.
-        dtype: ``fp32``, or ``fp16`` rows (sharded only; on CPU without stochastic rounding: updates below a row's
-            precision vanish).
-        init_std: standard deviation of the normal distribution that embeddings start from (biases start at 0).
-    """
-
-    sharding: str = "row_wise"
-    optimizer: str = "rowwise_adagrad"
-    learning_rate: float = 0.05
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    dtype: str = "fp32"
-    init_std: float = 0.02
-
-    def __post_init__(self):
-        one_of("table.sharding", self.sharding, SHARDINGS)
-        one_of("table.optimizer", self.optimizer, (*FUSED_OPTIMIZERS, "adamw"))
-        one_of("table.dtype", self.dtype, tuple(DTYPES))
-        check("table.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "greater than 0 and finite")
-        check("table.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        check("table.eps", self.eps, self.eps > 0, "greater than 0")
-        check("table.init_std", self.init_std, self.init_std > 0, "greater than 0")
-        sharded = self.sharding != "replicated"
-        if sharded and self.optimizer == "adamw":
-            raise InputError(f"table.optimizer=adamw needs table.sharding=replicated; {self.sharding} takes {FUSED_OPTIMIZERS}")
-        if not sharded and self.optimizer != "adamw":
-            raise InputError(f"table.optimizer={self.optimizer} is fused into a sharded table; a replicated one takes adamw")
-        if sharded and self.weight_decay > 0:
-            raise InputError(f"table.weight_decay={self.weight_decay}: fused {self.optimizer} ignores it; use 0, or adamw")
-        if not sharded and self.dtype != "fp32":
-            raise InputError(f"table.dtype={self.dtype} needs a sharded table; a replicated one is fp32")
+# Rows that `fill_rows` draws at a time, each time from a seed of their own.
+ROWS_PER_DRAW = 1 << 12
+# Sets the seeds of rows apart from those of training steps, which use the seed and the step's number.
+ROWS_STREAM = 2**40
 
 
 class ItemTable(nn.Module):
@@ -76,9 +35,12 @@ class ItemTable(nn.Module):
             of a shard for an id out of range, so they are checked where they enter (`glintru_rec.data`).
         embedding_dim: width D; a multiple of 4, as fbgemm asks.
         config: dtype and initial scale.
-        device: ``meta`` for a table that will be sharded: no rank ever holds the whole.
+        device: ``meta`` for a table that will be sharded: no rank ever holds the whole, and `fill_rows` draws the shards.
         item_bias: an item's row goes on with its bias, which starts at 0. It learns as the row does: row-wise Adagrad
             has one step size for the whole row, ``weight_decay`` is the table's.
+
+    Attributes:
+        row_width: numbers R of a row.
     """
 
     def __init__(self, num_items: int, embedding_dim: int, config: TableConfig, device: torch.device, item_bias: bool = False):
@@ -86,13 +48,16 @@ class ItemTable(nn.Module):
         if embedding_dim % 4:
             raise InputError(f"model.embedding_dim is {embedding_dim}; fbgemm tables need a multiple of 4")
         self.num_items = num_items
+        self.embedding_dim = embedding_dim
+        self.row_width = embedding_dim + BIAS_COLUMNS * item_bias
+        init = partial(_init_rows, embedding_dim=embedding_dim, std=config.init_std)
         table = EmbeddingConfig(
             name=TABLE_NAME,
             num_embeddings=num_items,
-            embedding_dim=embedding_dim + BIAS_COLUMNS * item_bias,
-            feature_names=["history", "more"],
+            embedding_dim=self.row_width,
+            feature_names=list(FEATURES),
             data_type=DTYPES[config.dtype],
-            init_fn=partial(_init_rows, embedding_dim=embedding_dim, std=config.init_std),
+            init_fn=_leave_rows if device.type == "meta" else init,
         )
         self.embeddings = EmbeddingCollection([table], device=device)
 
@@ -108,7 +73,7 @@ class ItemTable(nn.Module):
         """
         # One bag per feature: the table returns a sequence, in order, so bags have no meaning here.
         features = KeyedJaggedTensor(
-            keys=["history", "more"],
+            keys=list(FEATURES),
             values=torch.cat([item_ids, more_ids]),
             lengths=torch.tensor([item_ids.numel(), more_ids.numel()], device=item_ids.device),
         )
@@ -118,6 +83,36 @@ class ItemTable(nn.Module):
 
 @torch.no_grad()
 def _init_rows(rows: Tensor, embedding_dim: int, std: float) -> None:
-    """Draw embeddings; what follows them in a row starts at 0. A sharded table calls this with each rank's own rows."""
+    """Draw embeddings; what follows them in a row starts at 0."""
     rows.normal_(std=std)
     rows[:, embedding_dim:].zero_()
+
+
+def _leave_rows(rows: Tensor) -> None:
+    """Draw nothing: TorchRec calls this for each shard, without saying which part of the table it is."""
+
+
+@torch.no_grad()
+def fill_rows(shard: Tensor, first_row: int, first_column: int, table: ItemTable, std: float, seed: int) -> None:
+    """Draw the first values of a part of the table, in place.
+
+    A value follows from the seed and its place in the table, not from how the table is cut. Memory: `ROWS_PER_DRAW` rows
+    beside the shard.
+
+    Args:
+        shard: rows of it, ``[n, c]``, of any dtype, on any device.
+        first_row: where the shard begins in the table.
+        first_column: likewise.
+        table: gives the sizes of the whole.
+        std: standard deviation of the embeddings; what follows them in a row is 0.
+        seed: at least 0.
+    """
+    last_row, last_column = first_row + shard.size(0), first_column + shard.size(1)
+    for draw in range(first_row // ROWS_PER_DRAW, -(-last_row // ROWS_PER_DRAW)):
+        start = draw * ROWS_PER_DRAW
+        rows = torch.empty(min(ROWS_PER_DRAW, table.num_items - start), table.row_width)
+        own_seed = np.random.SeedSequence([seed, ROWS_STREAM, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        rows.normal_(std=std, generator=torch.Generator().manual_seed(int(own_seed)))
+        rows[:, table.embedding_dim :].zero_()
+        begin, end = max(first_row, start), min(last_row, start + rows.size(0))
+        shard[begin - first_row : end - first_row] = rows[begin - start : end - start, first_column:last_column]

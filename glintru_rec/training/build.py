@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
@@ -19,7 +18,7 @@ from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, load_checkpoint, load_plain, read_state
 from glintru_rec.training.config import LossConfig, TrainConfig
-from glintru_rec.training.processes import NO_STEP, join_ids, seed_step
+from glintru_rec.training.processes import join_ids
 
 
 def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
@@ -33,10 +32,7 @@ def build_model(config: TrainConfig, num_items: int, device: torch.device) -> Se
 
 def build_distributed(config: TrainConfig, num_items: int, device: torch.device) -> DistributedModelParallel:
     """Make a fresh model on all ranks, its table sharded or replicated as ``config.table`` says."""
-    model = build_model(config, num_items, device)
-    # Each rank fills its own rows: from one seed, item i would start as a copy of item i + V / W.
-    seed_step(config.trainer.seed, NO_STEP, dist.get_rank())
-    return distribute(model, config.table, device)
+    return distribute(build_model(config, num_items, device), config.table, device, config.trainer.seed)
 
 
 def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: TrainingBatches, epoch: int) -> NegativeSampler:
@@ -82,6 +78,8 @@ def load_distributed(
     """Make the model of a run on all ranks, with the weights of its best checkpoint."""
     config, checkpoint, state = load_run(run_dir)
     check_vocabulary(dataset, state, run_dir)
+    if device.type == "cpu":  # a run that kept rows in main memory beside a GPU has them there
+        config = replace(config, table=replace(config.table, kernel="fused"))
     model = build_distributed(config, dataset.num_items, device)
     load_checkpoint(checkpoint, model)
     return config, model
@@ -121,7 +119,8 @@ def load_unsharded(run_dir: Path) -> PlainRun:
     vocabulary = Vocabulary.load(run_dir / VOCABULARY_FILE)
     if vocabulary.sha256 != state.vocabulary_sha256:
         raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")
-    plain = replace(config, table=replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32"))
+    table = replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32", kernel="fused")
+    plain = replace(config, table=table)
     model = build_model(plain, vocabulary.num_items, torch.device("cpu"))
     load_plain(checkpoint, model)
     return PlainRun(config, state, vocabulary, model.eval())

@@ -12,7 +12,7 @@ from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.losses.softmax import PRECISIONS
 from glintru_rec.model import check_similarity
-from glintru_rec.tables.item_table import TableConfig
+from glintru_rec.tables.config import TableConfig
 
 
 @dataclass

@@ -110,10 +110,6 @@ def join_ids(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([each[: int(size)] for each, size in zip(padded, sizes)])
 
 
-# A step that no run reaches: the seed of what happens before the first.
-NO_STEP = 2**40
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Restart torch's generators for one step of one rank.
 
