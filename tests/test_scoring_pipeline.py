@@ -13,10 +13,12 @@ import torch
 from glintru_rec import GlintRU
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.export import export_artifact
+from glintru_rec.export import Artifact, export_artifact
 from glintru_rec.scoring import ScoreConfig, score
+from glintru_rec.scoring.fragments import find_inputs, open_fragments
 from glintru_rec.scoring.pipeline import READ_AHEAD, map_in_order, one_thread_each, read_ahead
 from glintru_rec.scoring.ranks import share_out
+from glintru_rec.scoring.rows import Columns, Limits
 from tests.conftest import run_program
 
 NUM_ITEMS, WIDTH = 300, 32
@@ -125,6 +127,37 @@ class TestQueues:
 
         with pytest.raises(InputError, match="damaged"):
             list(map_in_order(work, read_ahead(source()), 2))
+
+
+def test_lists_of_one_to_a_hundred_thousand_in_one_file(artifact, tmp_path):
+    """Long lists make small batches; one that is longer than allowed is set aside."""
+    lengths = np.ones(120, dtype=np.int64)
+    lengths[50:80] = 100_000
+    lengths[100] = 100_001
+    generator = np.random.default_rng(0)
+    items = generator.integers(NUM_ITEMS, size=lengths.sum())
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    candidates = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(items))
+    history = pa.array([[user, user + 1] for user in range(120)])
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"user_id": range(120), "history": history, "candidates": candidates}), source)
+
+    columns, vocabulary = Columns("user_id", "history", "candidates"), Artifact.load(artifact).vocabulary
+    (file,) = find_inputs(str(source))
+    batches = list(open_fragments([file], columns, vocabulary)[file.name].read(120, vocabulary, Limits(100_000, False)))
+    assert [rows.num_read for rows in batches] == [60, 30, 30]
+
+    config = ScoreConfig(artifact, str(source), str(tmp_path / "out"), "candidates", batch_size=120)
+    assert score(config).rows_set_aside == {"too_many_candidates": 1}
+    out = pq.read_table(tmp_path / "out" / "in.parquet", partitioning=None)
+    kept = np.delete(np.arange(120), 100)
+    assert out["user_id"].to_pylist() == kept.tolist()
+    score(dataclasses.replace(config, mode="encode", output=str(tmp_path / "queries")))
+    queries = np.array(pq.read_table(tmp_path / "queries" / "in.parquet", partitioning=None)["embedding"].to_pylist())
+    vectors = Artifact.load(artifact).module.item_vectors.numpy().astype(np.float64)
+    expected = np.einsum("cd,cd->c", queries[np.repeat(np.arange(120), lengths)], vectors[items])
+    expected = np.delete(expected, np.arange(offsets[100], offsets[101]))
+    np.testing.assert_allclose(out["scores"].combine_chunks().flatten(), expected, rtol=0, atol=1e-4)
 
 
 def test_files_are_dealt_out_by_their_rows():

@@ -35,7 +35,9 @@ class ScoreConfig:
         empty_history: what becomes of a row whose history has no known item. ``reject`` sets it aside; ``popular`` scores it,
             in modes candidates and top_k, by the model's item biases where it has them, else by the number of events of
             each item in the dataset.
-        batch_size: users scored at once.
+        max_candidates: a row with more candidates than that is set aside; mode candidates only.
+        batch_size: users scored at once by one thread; fewer where histories or candidates are so long that a batch would hold
+            more than 2 million of them.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         user_column: name of the column of user ids, integers or strings.
         history_column: name of the column of histories, lists of item ids, oldest first.
@@ -52,6 +54,7 @@ class ScoreConfig:
     top_k: int = 100
     exclude_seen: bool = True
     empty_history: str = "reject"
+    max_candidates: int = 100_000
     batch_size: int = 1024
     device: str = "cpu"
     user_column: str = "user_id"
@@ -69,6 +72,7 @@ class ScoreConfig:
         for key in ("artifact", "input", "output", *names):
             check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
+        check("max_candidates", self.max_candidates, self.max_candidates >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         if self.mode == "update":
             check("state", self.state, bool(self.state), "the folder of the user states, as mode is 'update'")

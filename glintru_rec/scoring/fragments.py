@@ -1,5 +1,6 @@
 """The input of a scoring job: parquet files, all opened before the first is read."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ import pyarrow.parquet as pq
 from glintru_rec.data.formats import find_files
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.scoring.rows import Columns, Rows, decode
+from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
 
 _STRINGS = ("string", "large_string", "string_view")
 # Read column chunks piece by piece; by default pyarrow takes a row group's whole column into memory.
 _READ_BYTES = 1 << 20
+# Rows are read a few at a time, and joined to batches of at most so many list items: lists may be long, and short ones follow.
+_PIECE_ROWS = 32
+_BATCH_ITEMS = 1 << 21
 
 
 class Stamp(NamedTuple):
@@ -63,27 +67,50 @@ class Fragment:
     num_rows: int
     user_type: pa.DataType
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, keep_empty: bool) -> Iterator[Rows]:
-        """Read at most ``batch_size`` rows at a time.
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits) -> Iterator[Rows]:
+        """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
 
         Raises:
             InputError: the file is damaged, or not the one that was opened.
         """
         first_row = 1
         for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, keep_empty)
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits)
             first_row += len(batch)
 
     def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
         path = self.file.path
         try:
             with pq.ParquetFile(path, buffer_size=_READ_BYTES) as file:
-                yield from file.iter_batches(batch_size, columns=[name for name in self.columns if name is not None])
+                piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
+                pieces = file.iter_batches(piece, columns=[name for name in self.columns if name is not None])
+                yield from self._joined(pieces, batch_size)
             stamp = Stamp.of(path)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
         if stamp != self.file.stamp:
             raise InputError(f"{str(path)!r} was changed while it was read; run the job again when it is complete")
+
+    def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Join pieces to batches; only a piece alone may be larger than a batch."""
+        group: list[pa.RecordBatch] = []
+        num_rows = num_items = 0
+        for piece in pieces:
+            lists = (name for name in (self.columns.history, self.columns.candidates) if name is not None)
+            items = sum(len(piece.column(name).flatten()) for name in lists)
+            if group and (num_rows + len(piece) > batch_size or num_items + items > _BATCH_ITEMS):
+                yield _one(group)
+                group, num_rows, num_items = [], 0, 0
+            group.append(piece)
+            num_rows += len(piece)
+            num_items += items
+        if group:
+            yield _one(group)
+
+
+def _one(pieces: list[pa.RecordBatch]) -> pa.RecordBatch:
+    (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
+    return batch
 
 
 def find_inputs(location: str) -> list[InputFile]:

@@ -37,7 +37,7 @@ from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
 from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
-from glintru_rec.scoring.rows import Columns, Rows
+from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.scorer import Scorer
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER, FragmentWriter
 
@@ -143,7 +143,8 @@ def _score_fragment(
     seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
     def read() -> Iterator[Rows]:
-        batches = fragment.read(config.batch_size, artifact.vocabulary, config.empty_history == "popular")
+        limits = Limits(config.max_candidates, keep_empty=config.empty_history == "popular")
+        batches = fragment.read(config.batch_size, artifact.vocabulary, limits)
         while True:
             with timed(seconds, "read"):
                 rows = next(batches, None)

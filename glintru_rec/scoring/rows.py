@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     NULL_HISTORY_ITEM = "null_history_item"
     NULL_CANDIDATES = "null_candidates"
     NULL_CANDIDATE = "null_candidate"
+    TOO_MANY_CANDIDATES = "too_many_candidates"
     EMPTY_HISTORY = "empty_history"
 
 
@@ -37,6 +38,15 @@ class Columns(NamedTuple):
     history: str
     candidates: str | None
     """None where no candidates are asked for."""
+
+
+class Limits(NamedTuple):
+    """Which rows are scored, of those that are whole."""
+
+    max_candidates: int
+    """Rows with more are set aside."""
+    keep_empty: bool
+    """Histories without a known item are scored, too."""
 
 
 class Ragged(NamedTuple):
@@ -73,7 +83,7 @@ class Rows:
 
 
 def decode(
-    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, keep_empty: bool = False
+    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, limits: Limits
 ) -> Rows:
     """Look up the items of a batch and set aside the rows that cannot be scored.
 
@@ -83,7 +93,7 @@ def decode(
         vocabulary: gives the indices.
         fragment: where the rows are from, for what is set aside.
         first_row: number of the batch's first row in the fragment.
-        keep_empty: histories without a known item are to be scored, too.
+        limits: which whole rows are to be scored.
     """
     users = batch.column(columns.user)
     if pa.types.is_dictionary(users.type):
@@ -98,8 +108,9 @@ def decode(
     _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
     _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
     _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
+    _mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
     unknown_items = history.unknown(reason < 0)
-    if not keep_empty:
+    if not limits.keep_empty:
         _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
     keep = reason < 0
     unknown_candidates = candidates.unknown(keep)
@@ -128,6 +139,7 @@ class _Lists:
 
     Attributes:
         values: all ids, ``[T]``.
+        lengths: ids of each row, 0 where there is no list, ``[R]``.
         rows: the row of each, ``[T]``.
         indices: the index of each, -1 where unknown, ``[T]``.
         is_null: whether a row has no list, ``[R]``.
@@ -136,9 +148,9 @@ class _Lists:
     """
 
     def __init__(self, column: pa.Array, vocabulary: Vocabulary):
-        lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        self.lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
         self.values = column.flatten()
-        self.rows = np.repeat(np.arange(len(column)), lengths)
+        self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
         self.is_null = _is_null(column)
         self.holds_null = np.zeros(len(column), dtype=bool)
