@@ -16,6 +16,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
 
 _STRINGS = ("string", "large_string", "string_view")
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of damaged names of columns
 # Read column chunks piece by piece; by default pyarrow takes a row group's whole column into memory.
 _READ_BYTES = 1 << 20
 # Rows are read a few at a time, and joined to batches of at most so many list items: lists may be long, and short ones follow.
@@ -81,12 +82,12 @@ class Fragment:
     def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
         path = self.file.path
         try:
-            with pq.ParquetFile(path, buffer_size=_READ_BYTES) as file:
+            with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
                 piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
                 pieces = file.iter_batches(piece, columns=[name for name in self.columns if name is not None])
                 yield from self._joined(pieces, batch_size)
             stamp = Stamp.of(path)
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
         if stamp != self.file.stamp:
             raise InputError(f"{str(path)!r} was changed while it was read; run the job again when it is complete")
@@ -169,7 +170,7 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
     try:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
     for column in columns:
         if column is not None and column not in schema.names:
@@ -177,6 +178,8 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
                 f"Name the right ones with user_column, history_column and candidates_column"
             )
+        if column is not None and schema.names.count(column) > 1:
+            raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
     user_type = _plain(schema.field(columns.user).type)
     if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
         raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
@@ -200,4 +203,7 @@ def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    """Give the type of what `glintru_rec.scoring.rows.plain` makes of a column."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.string() if str(kind) == "string_view" else kind

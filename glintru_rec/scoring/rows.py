@@ -95,9 +95,7 @@ def decode(
         first_row: number of the batch's first row in the fragment.
         limits: which whole rows are to be scored.
     """
-    users = batch.column(columns.user)
-    if pa.types.is_dictionary(users.type):
-        users = users.dictionary_decode()
+    users = plain(batch.column(columns.user))
     no_candidates = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
     history = _Lists(batch.column(columns.history), vocabulary)
     candidates = _Lists(batch.column(columns.candidates) if columns.candidates else no_candidates, vocabulary)
@@ -134,6 +132,13 @@ def decode(
     )
 
 
+def plain(array: pa.Array) -> pa.Array:
+    """Write out what is encoded as a dictionary, and as strings what is views of them, for which pyarrow lacks functions."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.string()) if str(array.type) == "string_view" else array
+
+
 class _Lists:
     """A list column as read, ids looked up.
 
@@ -149,7 +154,7 @@ class _Lists:
 
     def __init__(self, column: pa.Array, vocabulary: Vocabulary):
         self.lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-        self.values = column.flatten()
+        self.values = plain(column.flatten())
         self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
         self.is_null = _is_null(column)
