@@ -11,7 +11,8 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
 
     Args:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|update [state=DIR for update]
-            [top_k=100] [exclude_seen=true] [empty_history=reject|popular] and other hydra overrides
+            [top_k=100] [exclude_seen=true] [empty_history=reject|popular]
+            [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] and other hydra overrides
         nproc: processes (ranks) on this machine; each scores its share of the input's files
         max_restarts: times that all ranks are restarted, and go on, after a failure
     """

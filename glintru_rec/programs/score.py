@@ -68,6 +68,8 @@ def _score(config: ScoreConfig, show: Callable[[int, int], None]) -> int:
         print(f"scored by popularity, for want of a history: {report.fallback:,}")
     if report.unknown_history_items or report.unknown_candidates:
         print(f"unknown items: {report.unknown_history_items:,} in histories, {report.unknown_candidates:,} candidates")
+    if report.unknown_listed_items:
+        print(f"unknown items in allow and deny: {report.unknown_listed_items:,}")
     for why in report.failed.values():
         print(f"error: {why}", file=sys.stderr, flush=True)
     if report.failed:

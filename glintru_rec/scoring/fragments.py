@@ -84,7 +84,7 @@ class Fragment:
         try:
             with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
                 piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
-                pieces = file.iter_batches(piece, columns=[name for name in self.columns if name is not None])
+                pieces = file.iter_batches(piece, columns=[self.columns.user, *self.columns.lists])
                 yield from self._joined(pieces, batch_size)
             stamp = Stamp.of(path)
         except _UNREADABLE as error:
@@ -97,8 +97,7 @@ class Fragment:
         group: list[pa.RecordBatch] = []
         num_rows = num_items = 0
         for piece in pieces:
-            lists = (name for name in (self.columns.history, self.columns.candidates) if name is not None)
-            items = sum(len(piece.column(name).flatten()) for name in lists)
+            items = sum(len(piece.column(name).flatten()) for name in self.columns.lists)
             if group and (num_rows + len(piece) > batch_size or num_items + items > _BATCH_ITEMS):
                 yield _one(group)
                 group, num_rows, num_items = [], 0, 0
@@ -172,19 +171,19 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except _UNREADABLE as error:
         raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
-    for column in columns:
-        if column is not None and column not in schema.names:
+    for column in (columns.user, *columns.lists):
+        if column not in schema.names:
             raise InputError(
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
-                f"Name the right ones with user_column, history_column and candidates_column"
+                f"Name the right ones with user_column, history_column, candidates_column and deny_column"
             )
-        if column is not None and schema.names.count(column) > 1:
+        if schema.names.count(column) > 1:
             raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
     user_type = _plain(schema.field(columns.user).type)
     if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
         raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
-    for column in (columns.history, columns.candidates):
-        if column is not None and not _holds_ids(schema.field(column).type, vocabulary):
+    for column in columns.lists:
+        if not _holds_ids(schema.field(column).type, vocabulary):
             raise InputError(
                 f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
                 f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"

@@ -30,7 +30,7 @@ import pyarrow as pa
 from glintru_rec.config import check
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.files import write_json, write_text
+from glintru_rec.files import sha256_of, write_json, write_text
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
@@ -65,13 +65,13 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
     output = Path(config.output)
     artifact = Artifact.load(config.artifact, config.device)
+    scorer = Scorer(config, artifact)
     files = find_inputs(config.input)
     ledger = Ledger(output, _terms(config, artifact), files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
-    columns = Columns(config.user_column, config.history_column, candidates_column)
+    columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
     opened = open_fragments(files, columns, artifact.vocabulary)
-    scorer = Scorer(config, artifact)
     with ExitStack() as until_the_end:
 
         def begin() -> tuple[dict[str, Record], list[list[str]]]:
@@ -104,7 +104,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
                     own[name] = Record(stamps[name], error=str(error))
                 ledger.write(name, own[name])
         now = {name: record for share in from_all(own) for name, record in share.items()}
-        report = _report(before, now, time.perf_counter() - start)
+        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items)
 
         def finish() -> None:
             """Write the report, unless a job before this one has ended well."""
@@ -121,6 +121,9 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
 def _terms(config: ScoreConfig, artifact: Artifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("artifact", "input", "output")}
+    for key in ("allow", "deny"):
+        if settings[key]:
+            settings[key] = sha256_of(Path(settings[key]))[:16]
     return settings | {f"{name} of the artifact": sha256[:16] for name, sha256 in artifact.manifest["files"].items()}
 
 
@@ -178,7 +181,7 @@ def _score_fragment(
     return Record(fragment.file.stamp, files=files.sizes(), counts=counts, timing=seconds)
 
 
-def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float) -> ScoreReport:
+def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int) -> ScoreReport:
     """Sum up all fragments: those of earlier calls, and those that took ``elapsed`` seconds now."""
     failed = {name: record.error for name, record in now.items() if record.error}
     records = {name: record for name, record in (before | now).items() if not record.error}
@@ -192,4 +195,6 @@ def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float) -
         fragments_before=len(before),
         fragments_now=len(records) - len(before),
     )
-    return ScoreReport(**asdict(counts), fragments=len(before | now), failed=failed, timing=timing)
+    return ScoreReport(
+        **asdict(counts), unknown_listed_items=unknown_listed, fragments=len(before | now), failed=failed, timing=timing
+    )

@@ -66,11 +66,13 @@ class ScoreReport(Counts):
     """What became of the rows of all fragments that could be read.
 
     Attributes:
+        unknown_listed_items: items of the files ``allow`` and ``deny`` that the vocabulary lacks.
         fragments: files of the input.
         failed: those that could not be read, each with why; their rows are in no other figure.
         timing: see `Timing`.
     """
 
+    unknown_listed_items: int
     fragments: int
     failed: dict[str, str]
     timing: Timing

@@ -22,6 +22,8 @@ class Reason(enum.StrEnum):
     NULL_USER = "null_user"
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
+    NULL_DENIED = "null_denied"
+    NULL_DENIED_ITEM = "null_denied_item"
     NULL_CANDIDATES = "null_candidates"
     NULL_CANDIDATE = "null_candidate"
     TOO_MANY_CANDIDATES = "too_many_candidates"
@@ -38,6 +40,13 @@ class Columns(NamedTuple):
     history: str
     candidates: str | None
     """None where no candidates are asked for."""
+    denied: str | None = None
+    """None where no row has items to leave out."""
+
+    @property
+    def lists(self) -> list[str]:
+        """The names of those that hold lists."""
+        return [name for name in (self.history, self.candidates, self.denied) if name is not None]
 
 
 class Limits(NamedTuple):
@@ -67,6 +76,7 @@ class Rows:
         users: their ids as they were, ``[B]``.
         history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
+        denied: the known items that must not be found for each.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
@@ -77,6 +87,7 @@ class Rows:
     users: pa.Array
     history: Ragged
     candidates: Ragged
+    denied: Ragged
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
@@ -96,14 +107,18 @@ def decode(
         limits: which whole rows are to be scored.
     """
     users = plain(batch.column(columns.user))
-    no_candidates = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
-    history = _Lists(batch.column(columns.history), vocabulary)
-    candidates = _Lists(batch.column(columns.candidates) if columns.candidates else no_candidates, vocabulary)
+    no_lists = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
+    history, candidates, denied = (
+        _Lists(batch.column(name) if name else no_lists, vocabulary)
+        for name in (columns.history, columns.candidates, columns.denied)
+    )
 
     reason = np.full(len(batch), -1)
     _mark(reason, Reason.NULL_USER, _is_null(users))
     _mark(reason, Reason.NULL_HISTORY, history.is_null)
     _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    _mark(reason, Reason.NULL_DENIED, denied.is_null)
+    _mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
     _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
     _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
     _mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
@@ -124,6 +139,7 @@ def decode(
         users=users.filter(pa.array(keep)),
         history=history.known(keep),
         candidates=candidates.known(keep),
+        denied=denied.known(keep),
         unknown_history_items=len(unknown_items),
         unknown_candidates=located(
             candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
