@@ -45,8 +45,8 @@ from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
     """Score the users of a parquet input with an artifact, or go on with that.
 
-    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input. In a process group every rank calls this;
-    each scores its share of the files, and the output is that of one process.
+    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input. In a process group every
+    rank calls this; each scores its share of the files, and the output is that of one process.
 
     Args:
         config: what to score, and how; for mode update there is `glintru_rec.scoring.update_states`.
