@@ -34,13 +34,13 @@ def test_bench_step():
     assert [text.count(f"\n{name}") for name in ("GlintRU ", "RecGRELA", "LRURec")] == [6, 3, 3]
 
 
-<<<<<<< HEAD
 def test_bench_softmax():
     few = ["--targets", "40", "--items", "3000", "--growing", "1000", "20000", "--repeats", "1"]
     text = run("bench_softmax.py", *few)
     assert len(re.findall(r"^ +[\d,]+ +\d+ .*x  (?:in blocks, fp32|full logits)$", text, flags=re.MULTILINE)) == 4
     assert re.search(r"ms in blocks, fp32, [\d,]+ ms on full logits: [\d.]+x$", text, flags=re.MULTILINE)
-=======
+
+
 def test_bench_scoring():
     small = ["rows=200", "num_items=50", "dim=8", "history=3"]
     text = run("bench_scoring.py", "candidates", *small, "candidates=5", "repeats=1")
@@ -58,4 +58,3 @@ def test_bench_scoring_of_top_k():
     pytest.importorskip("faiss")
     text = run("bench_scoring.py", "top_k", "num_items=500", "dim=8", "k=5", "users=9", "repeats=1")
     assert re.search(r"^threads=1 items_equal=1\.0000 ratio_to_faiss=[\d.]+$", text, re.MULTILINE)
->>>>>>> c7ef52e (tools/bench_scoring.py: top-k against faiss, candidates against numpy, memory)
