@@ -3,7 +3,7 @@
 import torchx.specs as specs
 
 
-def py(*overrides: str) -> specs.AppDef:
+def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
     """Score users' histories with an exported artifact, or carry kept user states on by new events (mode=update).
 
     Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason. The same command again goes on
@@ -11,11 +11,14 @@ def py(*overrides: str) -> specs.AppDef:
 
     Args:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|update [state=DIR for update]
-            [top_k=100] [exclude_seen=true] [empty_history=reject|popular] and other hydra overrides
+            [top_k=100] [exclude_seen=true] [empty_history=reject|popular]
+            [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] and other hydra overrides
+        nproc: processes (ranks) on this machine; each scores its share of the input's files
+        max_restarts: times that all ranks are restarted, and go on, after a failure
     """
     from glintru_rec.programs.launcher import app
 
-    return app("score", overrides)
+    return app("score", overrides, nproc, max_restarts)
 
 
 if __name__ == "__main__":

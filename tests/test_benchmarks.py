@@ -45,3 +45,22 @@ def test_bench_catalog():
     few = ["--items", "1000", "3000", "--ranks", "1", "2", "--turns", "2", "--steps", "2", "model.options.num_heads=2"]
     text = run("bench_catalog.py", *few)
     assert re.findall(r"│ +([\d,]+) +│ +(\d) +│", text) == [("1,000", "1"), ("3,000", "1"), ("1,000", "2"), ("3,000", "2")]
+
+
+def test_bench_scoring():
+    small = ["rows=200", "num_items=50", "dim=8", "history=3"]
+    text = run("bench_scoring.py", "candidates", *small, "candidates=5", "repeats=1")
+    assert re.findall(r"^(job|encode|numpy|job without encoding) .* rows/s$", text, re.MULTILINE)[:3] == [
+        "job",
+        "encode",
+        "numpy",
+    ]
+    assert re.search(r"^threads=1 ratio_to_numpy=-?[\d.]+$", text, re.MULTILINE)
+    text = run("bench_scoring.py", "memory", *small)
+    assert re.search(r"^threads=1 ratio_of_peaks=[\d.]+$", text, re.MULTILINE)
+
+
+def test_bench_scoring_of_top_k():
+    pytest.importorskip("faiss")
+    text = run("bench_scoring.py", "top_k", "num_items=500", "dim=8", "k=5", "users=9", "repeats=1")
+    assert re.search(r"^threads=1 items_equal=1\.0000 ratio_to_faiss=[\d.]+$", text, re.MULTILINE)

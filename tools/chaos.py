@@ -16,12 +16,12 @@ Further key=value are those of launch/score.py: artifact=, input=, mode=, ... Wi
 files=8 of rows=3000 each, for every mode (default: candidates). DIR must not exist, or be empty; it gets undisturbed/ and
 scores/, the last killed job's. Kills are SIGKILL, at moments drawn evenly from the time that the undisturbed job took. A job
 that ends before its moment is compared and begun anew, until there were enough kills. All files must be equal to the byte,
-except for "timing" in JSON. A job has one thread, unless OMP_NUM_THREADS says otherwise: with several, scores of a job
-that goes on have been seen to differ from an undisturbed one's by 6e-6. Exit status: 0 if all were equal, every time; 1 if
-not, or if a job failed; 2 for bad input.
+except for "timing" in JSON. The undisturbed job has one thread, the others one, two and three in
+turns. Exit status: 0 if all were equal, every time; 1 if not, or if a job failed; 2 for bad input.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -99,9 +99,10 @@ def chaos_score(folder: Path, arguments: list[str], kills: int, seed: int, files
     print(f"undisturbed: {duration:.2f} s, {num_files} input files", flush=True)
 
     moments, num_killed, num_ended, amid = random.Random(seed), 0, 0, 0
+    threads = itertools.cycle((1, 2, 3))
     while True:
         moment = moments.uniform(0, duration) if num_killed < kills else None
-        status = killed_after(arguments, moment)
+        status = killed_after(arguments, moment, next(threads))
         if status == -signal.SIGKILL:
             num_killed += 1
             done = num_done(scores)
@@ -125,9 +126,9 @@ def chaos_score(folder: Path, arguments: list[str], kills: int, seed: int, files
     return 0
 
 
-def killed_after(arguments: list[str], seconds: float | None) -> int:
+def killed_after(arguments: list[str], seconds: float | None, num_threads: int = 1) -> int:
     """Run the job; kill it if it takes longer. Give its exit status, negative for a signal."""
-    process = processes.Process(target=score_job, args=(arguments,))
+    process = processes.Process(target=score_job, args=(arguments, num_threads))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -137,9 +138,9 @@ def killed_after(arguments: list[str], seconds: float | None) -> int:
     return process.exitcode
 
 
-def score_job(arguments: list[str]) -> None:
+def score_job(arguments: list[str], num_threads: int) -> None:
     """Run what ``python -m launch.score`` does, without its lines."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+    torch.set_num_threads(num_threads)
     with open(os.devnull, "w") as nowhere:
         sys.argv, sys.stdout = ["score", *arguments], nowhere
         run("score", ScoreConfig, score_program)

@@ -9,6 +9,7 @@ from glintru_rec.errors import InputError
 
 MODES = ("candidates", "top_k", "encode", "update")
 EMPTY_HISTORY = ("reject", "popular")
+_NUMBERS = {3: "three", 4: "four"}
 
 
 @dataclass
@@ -32,15 +33,21 @@ class ScoreConfig:
         state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.
+        allow: parquet file of the only items that top_k may find, in the column ``item_column``; all when left out.
+        deny: parquet file of items that top_k must not find. Unknown items of both files are counted.
+        deny_column: name of the column of items that top_k must not find for the row's user, lists of item ids; none when left
+            out. An item there that the vocabulary lacks changes nothing. (The row's own allow-list is mode candidates.)
         empty_history: what becomes of a row whose history has no known item. ``reject`` sets it aside; ``popular`` scores it,
             in modes candidates and top_k, by the model's item biases where it has them, else by the number of events of
             each item in the dataset.
-        batch_size: users scored at once.
+        max_candidates: a row with more candidates than that is set aside; mode candidates only.
+        batch_size: users scored at once by one thread; fewer where histories or candidates are so long that a batch would hold
+            more than 2 million of them.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         user_column: name of the column of user ids, integers or strings.
         history_column: name of the column of histories, lists of item ids, oldest first.
         candidates_column: name of the column of candidates, lists of item ids; mode candidates only.
-        item_column: name of the column of item ids; mode update only.
+        item_column: name of the column of item ids; of mode update, and of the files ``allow`` and ``deny``.
         time_column: name of the column of times, whole numbers or timestamps; mode update only.
     """
 
@@ -51,7 +58,11 @@ class ScoreConfig:
     state: str = ""
     top_k: int = 100
     exclude_seen: bool = True
+    allow: str = ""
+    deny: str = ""
+    deny_column: str = ""
     empty_history: str = "reject"
+    max_candidates: int = 100_000
     batch_size: int = 1024
     device: str = "cpu"
     user_column: str = "user_id"
@@ -65,19 +76,31 @@ class ScoreConfig:
         one_of("empty_history", self.empty_history, EMPTY_HISTORY)
         if self.mode not in ("candidates", "top_k"):
             check("empty_history", self.empty_history, self.empty_history == "reject", f"reject, as mode is {self.mode!r}")
+        for key in ("allow", "deny", "deny_column"):
+            given = getattr(self, key)
+            check(key, given, not given or self.mode == "top_k", f"left out, as mode is {self.mode!r}")
+            check(key, given, not given or self.empty_history == "reject", "left out, as empty_history is 'popular'")
         names = ("user_column", "history_column", "candidates_column", "item_column", "time_column")
         for key in ("artifact", "input", "output", *names):
             check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
+        check("max_candidates", self.max_candidates, self.max_candidates >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         if self.mode == "update":
             check("state", self.state, bool(self.state), "the folder of the user states, as mode is 'update'")
-            keys = ("user_column", "item_column", "time_column")
+            keys: tuple[str, ...] = ("user_column", "item_column", "time_column")
         else:
             check("state", self.state, not self.state, f"left out, as mode {self.mode!r} keeps no states")
             keys = ("user_column", "history_column", "candidates_column")
+        if self.deny_column:
+            keys += ("deny_column",)
         columns = tuple(getattr(self, key) for key in keys)
-        check(", ".join(keys), columns, len({name.lower() for name in columns}) == 3, "three different names")
+        check(
+            ", ".join(keys),
+            columns,
+            len({name.lower() for name in columns}) == len(keys),
+            f"{_NUMBERS[len(keys)]} different names",
+        )
         kind, _, number = self.device.partition(":")
         known = self.device in ("cpu", "cuda") or (kind == "cuda" and number.isdigit())
         check("device", self.device, known, "cpu, cuda or cuda:N")

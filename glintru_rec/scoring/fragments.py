@@ -1,5 +1,6 @@
 """The input of a scoring job: parquet files, all opened before the first is read."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ import pyarrow.parquet as pq
 from glintru_rec.data.formats import find_files
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.scoring.rows import Columns, Rows, decode
+from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
 
 _STRINGS = ("string", "large_string", "string_view")
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of damaged names of columns
 # Read column chunks piece by piece; by default pyarrow takes a row group's whole column into memory.
 _READ_BYTES = 1 << 20
+# Rows are read a few at a time, and joined to batches of at most so many list items: lists may be long, and short ones follow.
+_PIECE_ROWS = 32
+_BATCH_ITEMS = 1 << 21
 
 
 class Stamp(NamedTuple):
@@ -63,27 +68,49 @@ class Fragment:
     num_rows: int
     user_type: pa.DataType
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, keep_empty: bool) -> Iterator[Rows]:
-        """Read at most ``batch_size`` rows at a time.
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits) -> Iterator[Rows]:
+        """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
 
         Raises:
             InputError: the file is damaged, or not the one that was opened.
         """
         first_row = 1
         for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, keep_empty)
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits)
             first_row += len(batch)
 
     def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
         path = self.file.path
         try:
-            with pq.ParquetFile(path, buffer_size=_READ_BYTES) as file:
-                yield from file.iter_batches(batch_size, columns=[name for name in self.columns if name is not None])
+            with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
+                piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
+                pieces = file.iter_batches(piece, columns=[self.columns.user, *self.columns.lists])
+                yield from self._joined(pieces, batch_size)
             stamp = Stamp.of(path)
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
         if stamp != self.file.stamp:
             raise InputError(f"{str(path)!r} was changed while it was read; run the job again when it is complete")
+
+    def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Join pieces to batches; only a piece alone may be larger than a batch."""
+        group: list[pa.RecordBatch] = []
+        num_rows = num_items = 0
+        for piece in pieces:
+            items = sum(len(piece.column(name).flatten()) for name in self.columns.lists)
+            if group and (num_rows + len(piece) > batch_size or num_items + items > _BATCH_ITEMS):
+                yield _one(group)
+                group, num_rows, num_items = [], 0, 0
+            group.append(piece)
+            num_rows += len(piece)
+            num_items += items
+        if group:
+            yield _one(group)
+
+
+def _one(pieces: list[pa.RecordBatch]) -> pa.RecordBatch:
+    (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
+    return batch
 
 
 def find_inputs(location: str) -> list[InputFile]:
@@ -142,19 +169,21 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
     try:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
-    for column in columns:
-        if column is not None and column not in schema.names:
+    for column in (columns.user, *columns.lists):
+        if column not in schema.names:
             raise InputError(
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
-                f"Name the right ones with user_column, history_column and candidates_column"
+                f"Name the right ones with user_column, history_column, candidates_column and deny_column"
             )
+        if schema.names.count(column) > 1:
+            raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
     user_type = _plain(schema.field(columns.user).type)
     if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
         raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
-    for column in (columns.history, columns.candidates):
-        if column is not None and not _holds_ids(schema.field(column).type, vocabulary):
+    for column in columns.lists:
+        if not _holds_ids(schema.field(column).type, vocabulary):
             raise InputError(
                 f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
                 f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
@@ -173,4 +202,7 @@ def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    """Give the type of what `glintru_rec.scoring.rows.plain` makes of a column."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.string() if str(kind) == "string_view" else kind

@@ -13,25 +13,31 @@
 The two folders are made when there is something to put into them.
 
 An output file is a function of its input file, the config and the artifact. So whatever kills a job, the same command again
-does the files that are missing and ends with what an undisturbed job writes; only ``timing`` in ``report.json`` differs,
-and with more than one thread the last digits of scores.
+does the files that are missing and ends with what an undisturbed job writes, whatever the number of threads (see `pipeline`);
+only ``timing`` in ``report.json`` differs.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from glintru_rec.config import check
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.files import write_json, write_text
+from glintru_rec.files import sha256_of, write_json, write_text
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
-from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Stopwatch, Timing
-from glintru_rec.scoring.rows import Columns
+from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
+from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
+from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
+from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.scorer import Scorer
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER, FragmentWriter
 
@@ -39,40 +45,47 @@ from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
     """Score the users of a parquet input with an artifact, or go on with that.
 
-    Memory is bounded by ``batch_size``, not by the input.
+    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input. In a process group every
+    rank calls this; each scores its share of the files, and the output is that of one process.
 
     Args:
         config: what to score, and how; for mode update there is `glintru_rec.scoring.update_states`.
-        progress: called after every batch with the rows done and the rows there are.
+        progress: called after every batch with the rows done and the rows there are, of this rank's share.
 
     Returns:
-        The report, which is also written to ``report.json``. With ``failed`` input files there is no ``_SUCCESS``; the same
-        call again tries them again. Where all was done before, nothing is written.
+        The report, the same on all ranks, which is also written to ``report.json``. With ``failed`` input files there is no
+        ``_SUCCESS``; the same call again tries them again. Where all was done before, nothing is written.
 
     Raises:
         InputError: the artifact or the output folder cannot be used, or no file of the input can; the output was begun with
-            another config, artifact or input; another job is writing it.
+            another config, artifact or input; another job is writing it; there are several ranks and a CUDA device.
     """
     check("mode", config.mode, config.mode != "update", "one that scores histories; for update, call update_states()")
+    rank, num_ranks = rank_and_size()
+    check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
     output = Path(config.output)
     artifact = Artifact.load(config.artifact, config.device)
+    scorer = Scorer(config, artifact)
     files = find_inputs(config.input)
     ledger = Ledger(output, _terms(config, artifact), files)
-    ledger.check()  # before the output is touched, and again when no other job can be there
+    on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
-    columns = Columns(config.user_column, config.history_column, candidates_column)
+    columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
     opened = open_fragments(files, columns, artifact.vocabulary)
-    scorer = Scorer(config, artifact)
-    with ledger.locked():
-        before = ledger.done()
-        missing = {file.name: opened[file.name] for file in files if file.name not in before}
-        if not missing and (output / SUCCESS_FILE).exists():
-            ledger.remove_leftovers(())  # of a job killed after its last file
-            return _report(before, {}, num_before=len(before))
-        (output / SUCCESS_FILE).unlink(missing_ok=True)
-        ledger.remove_leftovers(missing)
-        rows_done = sum(record.counts.rows_in for record in before.values())
-        total = rows_done + sum(fragment.num_rows for fragment in missing.values() if isinstance(fragment, Fragment))
+    with ExitStack() as until_the_end:
+
+        def begin() -> tuple[dict[str, Record], list[list[str]]]:
+            """Give what was done before, and every rank's share of the rest."""
+            until_the_end.enter_context(ledger.locked())
+            before = ledger.done()
+            missing = {name: _num_rows(opened[name]) for name in opened if name not in before}
+            if missing:
+                (output / SUCCESS_FILE).unlink(missing_ok=True)
+            ledger.remove_leftovers(missing)
+            return before, share_out(missing, num_ranks)
+
+        before, shares = on_first(begin)
+        rows_done, total = 0, sum(_num_rows(opened[name]) for name in shares[rank])
 
         def show(num_rows: int) -> None:
             nonlocal rows_done
@@ -80,29 +93,42 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             if progress is not None:
                 progress(rows_done, total)
 
-        records, failed = dict(before), {}
-        for file in files:
-            if file.name in before:
-                continue
-            try:
-                record = _score_fragment(missing[file.name], output, config, artifact, scorer, show)
-                records[file.name] = record
-            except InputError as error:
-                failed[file.name] = str(error)
-                record = Record(file.stamp, error=str(error))
-            ledger.write(file.name, record)
-        report = _report(records, failed, num_before=len(before))
-        written: dict[str, Any] = {**asdict(report), "config": asdict(config), "model": artifact.manifest["provenance"]}
-        write_json(output / REPORT_FILE, written)
-        if not failed:
-            write_text(output / SUCCESS_FILE, "")
+        start = time.perf_counter()
+        stamps = {file.name: file.stamp for file in files}
+        own: dict[str, Record] = {}
+        with one_thread_each(config.device) as num_threads:
+            for name in shares[rank]:
+                try:
+                    own[name] = _score_fragment(opened[name], output, config, artifact, scorer, num_threads, show)
+                except InputError as error:
+                    own[name] = Record(stamps[name], error=str(error))
+                ledger.write(name, own[name])
+        now = {name: record for share in from_all(own) for name, record in share.items()}
+        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items)
+
+        def finish() -> None:
+            """Write the report, unless a job before this one has ended well."""
+            if now or not (output / SUCCESS_FILE).exists():
+                written: dict[str, Any] = {**asdict(report), "config": asdict(config), "model": artifact.manifest["provenance"]}
+                write_json(output / REPORT_FILE, written)
+                if not report.failed:
+                    write_text(output / SUCCESS_FILE, "")
+
+        on_first(finish)
     return report
 
 
 def _terms(config: ScoreConfig, artifact: Artifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
     settings = {key: value for key, value in asdict(config).items() if key not in ("artifact", "input", "output")}
+    for key in ("allow", "deny"):
+        if settings[key]:
+            settings[key] = sha256_of(Path(settings[key]))[:16]
     return settings | {f"{name} of the artifact": sha256[:16] for name, sha256 in artifact.manifest["files"].items()}
+
+
+def _num_rows(fragment: Fragment | InputError) -> int:
+    return fragment.num_rows if isinstance(fragment, Fragment) else 0
 
 
 def _score_fragment(
@@ -111,48 +137,64 @@ def _score_fragment(
     config: ScoreConfig,
     artifact: Artifact,
     scorer: Scorer,
+    num_threads: int,
     show: Callable[[int], None],
 ) -> Record:
     """Write all files of one fragment, or raise the `InputError` that tells why it cannot be read."""
     if isinstance(fragment, InputError):
         raise fragment
-    counts, watch = Counts(), Stopwatch()
-    with FragmentWriter(output, fragment.file.name, scorer.schema(fragment.user_type)) as files:
-        batches = fragment.read(config.batch_size, artifact.vocabulary, config.empty_history == "popular")
+    seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    def read() -> Iterator[Rows]:
+        limits = Limits(config.max_candidates, keep_empty=config.empty_history == "popular")
+        batches = fragment.read(config.batch_size, artifact.vocabulary, limits)
         while True:
-            rows = next(batches, None)
-            watch.lap("read")
+            with timed(seconds, "read"):
+                rows = next(batches, None)
             if rows is None:
-                break
-            scored = scorer.score(rows)
-            watch.lap("score")
-            files.write_scores(scored)
-            files.write_beside(REJECTS_FOLDER, rows.set_aside)
-            files.write_beside(UNKNOWN_CANDIDATES_FOLDER, rows.unknown_candidates)
+                return
+            yield rows
+
+    def scored(rows: Rows) -> tuple[Rows, pa.Table]:
+        with timed(seconds, "score"):
+            return rows, scorer.score(rows)
+
+    counts = Counts()
+    with FragmentWriter(output, fragment.file.name, scorer.schema(fragment.user_type)) as files:
+        for rows, table in map_in_order(scored, read_ahead(read()), num_threads):
+            with timed(seconds, "write"):
+                files.write_scores(table)
+                files.write_beside(REJECTS_FOLDER, rows.set_aside)
+                files.write_beside(UNKNOWN_CANDIDATES_FOLDER, rows.unknown_candidates)
             counts += Counts(
                 rows_in=rows.num_read,
-                rows_scored=len(scored),
+                rows_scored=len(table),
                 rows_set_aside=Counter(rows.set_aside["reason"].to_pylist()),
                 fallback=int((rows.history.lengths == 0).sum()),
                 unknown_history_items=rows.unknown_history_items,
                 unknown_candidates=len(rows.unknown_candidates),
             )
             show(rows.num_read)
-            watch.lap("write")
         assert counts.rows_in == fragment.num_rows == counts.rows_scored + sum(counts.rows_set_aside.values())
-    watch.lap("write")  # much of it happens at the end of the context
-    return Record(fragment.file.stamp, files=files.sizes(), counts=counts, timing=watch.seconds)
+        closing = time.perf_counter()
+    seconds["write"] += time.perf_counter() - closing  # much of it happens at the end of the context
+    return Record(fragment.file.stamp, files=files.sizes(), counts=counts, timing=seconds)
 
 
-def _report(records: dict[str, Record], failed: dict[str, str], num_before: int) -> ScoreReport:
-    """Sum up all fragments, those of earlier calls too."""
+def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int) -> ScoreReport:
+    """Sum up all fragments: those of earlier calls, and those that took ``elapsed`` seconds now."""
+    failed = {name: record.error for name, record in now.items() if record.error}
+    records = {name: record for name, record in (before | now).items() if not record.error}
     counts = sum((record.counts for record in records.values()), Counts())
     assert counts.rows_in == counts.rows_scored + sum(counts.rows_set_aside.values())
-    seconds = {stage: sum(record.timing.get(stage, 0.0) for record in records.values()) for stage in STAGES}
+    rows_now = sum(record.counts.rows_in for record in now.values())
     timing = Timing(
-        seconds={stage: round(value, 3) for stage, value in seconds.items()},
-        rows_per_second=round(counts.rows_in / max(sum(seconds.values()), 1e-9), 1),
-        fragments_before=num_before,
-        fragments_now=len(records) - num_before,
+        seconds={stage: round(sum(record.timing.get(stage, 0.0) for record in records.values()), 3) for stage in STAGES},
+        elapsed=round(elapsed, 3),
+        rows_per_second=round(rows_now / max(elapsed, 1e-9), 1),
+        fragments_before=len(before),
+        fragments_now=len(records) - len(before),
     )
-    return ScoreReport(**asdict(counts), fragments=len(records) + len(failed), failed=failed, timing=timing)
+    return ScoreReport(
+        **asdict(counts), unknown_listed_items=unknown_listed, fragments=len(before | now), failed=failed, timing=timing
+    )

@@ -35,7 +35,7 @@ class Record:
         error: why it could not be, else empty; then there are no files.
         files: the bytes of each file written, by its name in the output.
         counts: of its rows.
-        timing: seconds by stage.
+        timing: seconds that each stage was at work.
     """
 
     stamp: Stamp

@@ -1,6 +1,5 @@
 """What a scoring job says it did: of one fragment, and of them all."""
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -47,13 +46,16 @@ class Timing:
     """How long it took. It differs from call to call; all else that a job writes does not.
 
     Attributes:
-        seconds: in each of the `STAGES`, of all fragments in the output, whichever call wrote them.
-        rows_per_second: ``rows_in`` over the sum of these.
+        seconds: that each of the `STAGES` was at work, of all fragments in the output, whichever call wrote them. Stages work
+            at the same time, and ``score`` in several threads, so their sum is more than the job took.
+        elapsed: seconds from the first row that was read by this call to the last that was written.
+        rows_per_second: rows read by this call over ``elapsed``; 0 where nothing was left to do.
         fragments_before: written by earlier calls.
         fragments_now: written by this call.
     """
 
     seconds: dict[str, float]
+    elapsed: float
     rows_per_second: float
     fragments_before: int
     fragments_now: int
@@ -64,25 +66,13 @@ class ScoreReport(Counts):
     """What became of the rows of all fragments that could be read.
 
     Attributes:
+        unknown_listed_items: items of the files ``allow`` and ``deny`` that the vocabulary lacks.
         fragments: files of the input.
         failed: those that could not be read, each with why; their rows are in no other figure.
         timing: see `Timing`.
     """
 
+    unknown_listed_items: int
     fragments: int
     failed: dict[str, str]
     timing: Timing
-
-
-class Stopwatch:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap, or since the start, to a stage."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now

@@ -22,8 +22,11 @@ class Reason(enum.StrEnum):
     NULL_USER = "null_user"
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
+    NULL_DENIED = "null_denied"
+    NULL_DENIED_ITEM = "null_denied_item"
     NULL_CANDIDATES = "null_candidates"
     NULL_CANDIDATE = "null_candidate"
+    TOO_MANY_CANDIDATES = "too_many_candidates"
     EMPTY_HISTORY = "empty_history"
 
 
@@ -37,6 +40,22 @@ class Columns(NamedTuple):
     history: str
     candidates: str | None
     """None where no candidates are asked for."""
+    denied: str | None = None
+    """None where no row has items to leave out."""
+
+    @property
+    def lists(self) -> list[str]:
+        """The names of those that hold lists."""
+        return [name for name in (self.history, self.candidates, self.denied) if name is not None]
+
+
+class Limits(NamedTuple):
+    """Which rows are scored, of those that are whole."""
+
+    max_candidates: int
+    """Rows with more are set aside."""
+    keep_empty: bool
+    """Histories without a known item are scored, too."""
 
 
 class Ragged(NamedTuple):
@@ -57,6 +76,7 @@ class Rows:
         users: their ids as they were, ``[B]``.
         history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
+        denied: the known items that must not be found for each.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
@@ -67,13 +87,14 @@ class Rows:
     users: pa.Array
     history: Ragged
     candidates: Ragged
+    denied: Ragged
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
 
 
 def decode(
-    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, keep_empty: bool = False
+    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, limits: Limits
 ) -> Rows:
     """Look up the items of a batch and set aside the rows that cannot be scored.
 
@@ -83,23 +104,26 @@ def decode(
         vocabulary: gives the indices.
         fragment: where the rows are from, for what is set aside.
         first_row: number of the batch's first row in the fragment.
-        keep_empty: histories without a known item are to be scored, too.
+        limits: which whole rows are to be scored.
     """
-    users = batch.column(columns.user)
-    if pa.types.is_dictionary(users.type):
-        users = users.dictionary_decode()
-    no_candidates = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
-    history = _Lists(batch.column(columns.history), vocabulary)
-    candidates = _Lists(batch.column(columns.candidates) if columns.candidates else no_candidates, vocabulary)
+    users = plain(batch.column(columns.user))
+    no_lists = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
+    history, candidates, denied = (
+        _Lists(batch.column(name) if name else no_lists, vocabulary)
+        for name in (columns.history, columns.candidates, columns.denied)
+    )
 
     reason = np.full(len(batch), -1)
     _mark(reason, Reason.NULL_USER, _is_null(users))
     _mark(reason, Reason.NULL_HISTORY, history.is_null)
     _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    _mark(reason, Reason.NULL_DENIED, denied.is_null)
+    _mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
     _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
     _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
+    _mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
     unknown_items = history.unknown(reason < 0)
-    if not keep_empty:
+    if not limits.keep_empty:
         _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
     keep = reason < 0
     unknown_candidates = candidates.unknown(keep)
@@ -115,6 +139,7 @@ def decode(
         users=users.filter(pa.array(keep)),
         history=history.known(keep),
         candidates=candidates.known(keep),
+        denied=denied.known(keep),
         unknown_history_items=len(unknown_items),
         unknown_candidates=located(
             candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
@@ -123,11 +148,19 @@ def decode(
     )
 
 
+def plain(array: pa.Array) -> pa.Array:
+    """Write out what is encoded as a dictionary, and as strings what is views of them, for which pyarrow lacks functions."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.string()) if str(array.type) == "string_view" else array
+
+
 class _Lists:
     """A list column as read, ids looked up.
 
     Attributes:
         values: all ids, ``[T]``.
+        lengths: ids of each row, 0 where there is no list, ``[R]``.
         rows: the row of each, ``[T]``.
         indices: the index of each, -1 where unknown, ``[T]``.
         is_null: whether a row has no list, ``[R]``.
@@ -136,9 +169,9 @@ class _Lists:
     """
 
     def __init__(self, column: pa.Array, vocabulary: Vocabulary):
-        lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-        self.values = column.flatten()
-        self.rows = np.repeat(np.arange(len(column)), lengths)
+        self.lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        self.values = plain(column.flatten())
+        self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
         self.is_null = _is_null(column)
         self.holds_null = np.zeros(len(column), dtype=bool)

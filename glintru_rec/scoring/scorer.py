@@ -1,11 +1,14 @@
 """Run an artifact on batches of rows; tables of the job's output come out."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from glintru_rec.export.artifact import Artifact
+from glintru_rec.scoring.catalog import Catalog, items_left
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.rows import Rows
 
@@ -26,6 +29,12 @@ class Scorer:
             # Sorted as integers: large counts that are one float are no tie.
             by_count = np.argsort(-artifact.vocabulary.counts, kind="stable")
             self._popular = torch.from_numpy(by_count[: config.top_k]).to(config.device)
+
+        self._catalog: Any = artifact.module
+        self.unknown_listed_items = 0
+        if config.allow or config.deny:
+            left, self.unknown_listed_items = items_left(config.allow, config.deny, config.item_column, artifact.vocabulary)
+            self._catalog = Catalog(artifact, left)
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
@@ -53,10 +62,21 @@ class Scorer:
                 scores[of_empty] = self._counts[candidates[of_empty]]
             return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
         k = min(config.top_k, artifact.vocabulary.num_items)
-        best, best_scores = artifact.module.top_k(item_ids, lengths, k, config.exclude_seen)
+        query = artifact.module.encode(item_ids, lengths)
+        out, out_lengths = (item_ids, lengths) if config.exclude_seen else (item_ids[:0], torch.zeros_like(lengths))
+        if config.deny_column:
+            denied, denied_lengths = (torch.from_numpy(array).to(config.device) for array in rows.denied)
+            out, out_lengths = _joined(out, out_lengths, denied, denied_lengths)
+        best, best_scores = self._catalog.top_k_of(query, out, out_lengths, k)
         if self._counts is not None:
             best[is_empty], best_scores[is_empty] = self._popular, self._counts[self._popular]
         return ranked_table(rows.users, best, best_scores, artifact)
+
+
+def _joined(items: Tensor, lengths: Tensor, more: Tensor, more_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Put two ragged lists together, user by user."""
+    users = torch.cat([torch.repeat_interleave(lengths), torch.repeat_interleave(more_lengths)])
+    return torch.cat([items, more])[torch.sort(users, stable=True)[1]], lengths + more_lengths
 
 
 def ranked_schema(user_type: pa.DataType, artifact: Artifact) -> pa.Schema:

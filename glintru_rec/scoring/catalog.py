@@ -1,0 +1,112 @@
+"""The part of the catalog that a job may recommend: its allow-list, less its deny-list.
+
+Shapes: V catalog, n items that are left, B users, T items to leave out, Q numbers of a query.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from glintru_rec.data.vocabulary import Vocabulary
+from glintru_rec.encoders.base import Encoder
+from glintru_rec.errors import InputError
+from glintru_rec.export.artifact import Artifact
+from glintru_rec.export.scoring_module import ScoringModule
+
+
+class _NoEncoder(Encoder):
+    """Stands where queries are known."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+
+class Catalog:
+    """Find the best of some items of the catalog, exactly, with the artifact's own search.
+
+    Args:
+        artifact: of the whole catalog.
+        items: vocabulary indices that may be found, int64 ``[n]``, ascending.
+    """
+
+    def __init__(self, artifact: Artifact, items: np.ndarray):
+        vectors: Tensor = artifact.module.item_vectors
+        self._items = torch.from_numpy(items).to(vectors.device)
+        self._places = torch.full([vectors.size(0)], -1, dtype=torch.int64, device=vectors.device)
+        self._places[self._items] = torch.arange(len(items), device=vectors.device)
+        width = vectors.size(1) - int(artifact.manifest.get("item_bias", False))
+        self._search = ScoringModule(
+            _NoEncoder(width), vectors[self._items], artifact.manifest["similarity"], artifact.manifest["max_seq_len"]
+        )
+
+    def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""
+        seen = self._places[seen_ids]
+        rows = torch.repeat_interleave(seen_lengths)[seen >= 0]
+        lengths = torch.bincount(rows, minlength=seen_lengths.numel())
+        places, scores = self._search.top_k_of(query, seen[seen >= 0], lengths, k)
+        return torch.where(places >= 0, self._items[places.clamp(min=0)], places), scores
+
+
+def read_items(key: str, path: str, column: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    """Read a list of items.
+
+    Args:
+        key: of the config, for messages.
+        path: a parquet file.
+        column: with the original item ids.
+        vocabulary: gives the indices.
+
+    Returns:
+        The indices of the known items, int64, ascending, each once, and the number of rows whose item is unknown.
+
+    Raises:
+        InputError: the file cannot be read, or lacks the column, or holds a null or ids of another type.
+    """
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path!r}")
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise InputError(f"{key} {path!r} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+            ids = file.read([column])[column]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key} {path!r} is not readable parquet: {error}") from error
+    if ids.null_count:
+        raise InputError(f"{key} {path!r} holds {ids.null_count} null(s) in column {column!r}; remove them")
+    try:
+        indices = vocabulary.encode(ids)
+    except InputError as error:
+        raise InputError(f"{key} {path!r}: {error}") from error
+    return np.unique(indices[indices >= 0]), int((indices < 0).sum())
+
+
+def items_left(allow: str, deny: str, column: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    """Apply a job's lists to the catalog.
+
+    Args:
+        allow: a file of the only items that may be found, or empty: all.
+        deny: a file of items that may not be found, or empty: none.
+        column: with the item ids in both.
+        vocabulary: of the catalog.
+
+    Returns:
+        The indices that are left, int64 ``[n]``, ascending, and the number of rows of both files whose item is unknown.
+
+    Raises:
+        InputError: see `read_items`; or no item is left.
+    """
+    left, unknown = np.arange(vocabulary.num_items), 0
+    if allow:
+        left, unknown = read_items("allow", allow, column, vocabulary)
+    if deny:
+        denied, more = read_items("deny", deny, column, vocabulary)
+        left, unknown = np.setdiff1d(left, denied, assume_unique=True), unknown + more
+    if not len(left):
+        raise InputError(f"allow={allow!r} and deny={deny!r} leave no item of the catalog; mend the lists")
+    return left, unknown
