@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from glintru_rec.jagged import last_items, lengths_from_offsets, positions, sequence_index
 from glintru_rec.ops.dropout import Dropout
-from glintru_rec.ops.linear_attention import continue_attention
-from glintru_rec.ops.normalized_attention import normalized_attention, running_sum
+from glintru_rec.ops.normalized_attention import continue_normalized, normalized_attention
 
 
 class RecGRELAState(NamedTuple):
@@ -66,9 +65,9 @@ class RotaryLinearAttention(nn.Module):
     def prefill(self, t: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor) -> tuple[Tensor, RecGRELAState]:
         """As `forward`, and the block's state after each sequence's last item (without the dimension L)."""
         q, k, q_rotary, k_rotary = self._features(t, cos, sin)
-        numerator, memory = continue_attention(q_rotary, k_rotary, t.view_as(q), offsets)
-        sums, key_sums = running_sum(k, offsets)
-        a = numerator / ((q * sums).sum(2, keepdim=True) + self.eps)
+        a, memory, key_sums = continue_normalized(
+            q, k, q_rotary, k_rotary, t.view_as(q), offsets, self.causal, self.eps
+        )
         recent = last_items(t, offsets, self.kernel_size - 1)
         state = RecGRELAState(memory, key_sums, recent, lengths_from_offsets(offsets))
         return a.reshape(t.shape) + self._local(t, offsets), state
