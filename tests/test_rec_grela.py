@@ -8,10 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from glintru_rec.encoders.rec_grela import PUBLISHED_NAMES, RecGRELA, load_published_weights
-from glintru_rec.encoders.rec_grela_block import DropPath, rotate, rotation
+from glintru_rec.encoders.rec_grela_block import DropPath, rotation
 from glintru_rec.errors import InputError
 from glintru_rec.ops.linear_attention import attention_reference, continue_attention, linear_attention
 from glintru_rec.ops.normalized_attention import continue_normalized, normalized_attention, normalized_attention_reference
+from glintru_rec.ops.rotary import rotate
 from tests import encoder_laws as laws
 from tests.encoder_laws import PRECISIONS, draw, elu, gelu, layer_norm, linear, make, shake, silu
 
@@ -197,7 +198,7 @@ def test_rotation_keeps_lengths_and_sees_distance_alone():
     products = []
     for n, m in [(5, 2), (100_003, 100_000)]:
         cos, sin = rotation(torch.tensor([n, m]), 12)
-        turned = rotate(torch.stack([q, k]), cos, sin)
+        turned = rotate(torch.stack([q, k]).unsqueeze(1), cos, sin).squeeze(1)
         assert_close(turned.norm(dim=1), torch.stack([q, k]).norm(dim=1))
         products.append(turned[0] @ turned[1])
     assert_close(products[0], products[1], rtol=1e-9, atol=1e-9)
