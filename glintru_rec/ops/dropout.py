@@ -38,6 +38,11 @@ def dropout_scale(x: Tensor, size: list[int], rate: float) -> Tensor:
     return mask.mul_(_LEVELS / kept)
 
 
+def dropout_seed(x: Tensor) -> Tensor:
+    """Draw a seed from torch's global generator: int64 ``[1]`` on the CPU. Two draws need two different ``x``."""
+    return _random_bits(x.detach().flatten()[:0].cpu(), [4]).view(torch.int64)
+
+
 class Dropout(nn.Dropout):
     """`torch.nn.Dropout`, with a faster mask on the CPU (see `dropout_scale`)."""
 
