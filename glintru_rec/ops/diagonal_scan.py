@@ -55,6 +55,7 @@ def diagonal_scan(
         initial = inputs.new_zeros(offsets.numel() - 1, 2, inputs.size(2))
     if torch.jit.is_scripting():
         return _scan(inputs, decay, initial, offsets, time_major(offsets, inputs.size(0)))
+    inputs, decay, initial = inputs.contiguous(), decay.contiguous(), initial.contiguous()
     states, last = _forward(inputs, decay, initial, offsets, implementation)
     return states, last
 

@@ -55,6 +55,7 @@ def ragged_gru(
         hidden, last = _infer(gates, weight, initial, time_major(offsets, gates.size(0)))
         return hidden, last
     save = torch.is_grad_enabled() and (gates.requires_grad or weight.requires_grad or initial.requires_grad)
+    gates, weight, initial = gates.contiguous(), weight.contiguous(), initial.contiguous()
     hidden, last, _ = _forward(gates, weight, initial, offsets, save, implementation)
     return hidden, last
 
@@ -103,7 +104,7 @@ def _infer(gates: Tensor, weight: Tensor, initial: Tensor, layout: TimeMajor) ->
 def _forward(
     gates: Tensor, weight: Tensor, initial: Tensor, offsets: Tensor, save: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = triton_kernels("gru", implementation, gates)
+    kernels = triton_kernels("gru", implementation, weight)
     if kernels is not None:
         return kernels.forward(gates, weight, initial, offsets, save)
     layout = time_major(offsets, gates.size(0))
@@ -148,7 +149,7 @@ def _backward(
     saved: Tensor,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = triton_kernels("gru", implementation, hidden)
+    kernels = triton_kernels("gru", implementation, weight)
     if kernels is not None:
         return kernels.backward(grad_hidden, grad_last, weight, initial, offsets, hidden, saved)
     layout = time_major(offsets, hidden.size(0))

@@ -183,7 +183,7 @@ def _forward(
     chunk_size: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    kernels = triton_kernels("attention", implementation, q)
+    kernels = triton_kernels("attention", implementation, q, v)
     if kernels is not None:
         return kernels.forward(q, k, v, initial, offsets, causal)
     return _attend(q, k, v, initial, offsets, causal, chunk_size)
@@ -202,7 +202,7 @@ def _backward(
     chunk_size: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = triton_kernels("attention", implementation, q)
+    kernels = triton_kernels("attention", implementation, q, v)
     if kernels is not None:
         return kernels.backward(grad_out, grad_last, q, k, v, initial, offsets, causal)
     num_heads = q.size(1)

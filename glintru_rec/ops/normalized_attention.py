@@ -180,7 +180,7 @@ def _forward(
     chunk_size: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = triton_kernels("normalized", implementation, q)
+    kernels = triton_kernels("normalized", implementation, q, v)
     if kernels is not None:
         return kernels.forward(q, k, q_rotary, k_rotary, v, memory, key_sums, offsets, causal, eps)
     return _attend(q, k, q_rotary, k_rotary, v, memory, key_sums, offsets, causal, eps, chunk_size)
@@ -206,7 +206,7 @@ def _backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """With w the divisors and g the gradient of ``out``: g / w goes on as of the numerator, -(g · a) / w as of w."""
-    kernels = triton_kernels("normalized", implementation, q)
+    kernels = triton_kernels("normalized", implementation, q, v)
     if kernels is not None:
         grads = (grad_out, grad_last_memory, grad_last_key_sums)
         inputs = (q, k, q_rotary, k_rotary, v, memory, key_sums, offsets)
