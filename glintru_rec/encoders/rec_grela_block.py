@@ -60,9 +60,7 @@ class RotaryLinearAttention(nn.Module):
     def prefill(self, t: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor) -> tuple[Tensor, RecGRELAState]:
         """As `forward`, and the block's state after each sequence's last item (without the dimension L)."""
         q, k, q_rotary, k_rotary = self._features(t, cos, sin)
-        a, memory, key_sums = continue_normalized(
-            q, k, q_rotary, k_rotary, t.view_as(q), offsets, self.causal, self.eps
-        )
+        a, memory, key_sums = continue_normalized(q, k, q_rotary, k_rotary, t.view_as(q), offsets, self.causal, self.eps)
         recent = last_items(t, offsets, self.kernel_size - 1)
         state = RecGRELAState(memory, key_sums, recent, lengths_from_offsets(offsets))
         return a.reshape(t.shape) + self._local(t, offsets), state

@@ -16,17 +16,18 @@ op                            inputs                                            
 ``attention_forward``         q, k [T, H, d], v [T, H, e], initial [B, H, d, e],          out [T, H, e], last [B, H, d, e]
                               offsets, causal: bool
 ``attention_backward``        grad_out, grad_last, q, k, v, initial, offsets, causal      grad_q, grad_k, grad_v, grad_initial
-``normalized_forward``        q, k, q_rotary, k_rotary [T, H, d], v [T, H, e],            out [T, H, e], last_memory [B, H, d, e],
-                              memory [B, H, d, e], key_sums [B, H, d], offsets,           last_key_sums [B, H, d],
-                              causal: bool, eps: float                                    weights [T, H]
+``normalized_forward``        q, k, q_rotary, k_rotary [T, H, d], v [T, H, e],            out [T, H, e], last_memory
+                              memory [B, H, d, e], key_sums [B, H, d], offsets,           [B, H, d, e], last_key_sums
+                              causal: bool, eps: float                                    [B, H, d], weights [T, H]
 ``normalized_backward``       grad_out, grad_last_memory, grad_last_key_sums, q, k,       grad_q, grad_k, grad_q_rotary,
                               q_rotary, k_rotary, v, memory, key_sums, offsets, out,      grad_k_rotary, grad_v, grad_memory,
                               weights, causal                                             grad_key_sums
 ============================= =========================================================== ====================================
 
 ``saved`` of the GRU holds what the implementation wants, in an order of its own: the same implementation reads it.
-``weights`` are the divisors q · Σ k + ε of each item and head. Each op takes a last argument ``implementation`` (see
-`glintru_rec.ops.implementation`): kernels for ``gru``, ``scan``, ``attention`` and ``normalized`` go into ``triton_gru.py``,
-``triton_scan.py``, ``triton_attention.py`` and ``triton_normalized.py``, as plain functions ``forward`` and ``backward`` with
-the arguments above, in this order, and these results.
+``weights`` are the divisors q · Σ k + ε of each item and head. Each op ends with ``implementation`` (see
+`glintru_rec.ops.implementation`), the attentions' before it with ``chunk_size``, which no kernel gets. Kernels for ``gru``,
+``scan``, ``attention`` and ``normalized`` go into ``triton_gru.py``, ``triton_scan.py``, ``triton_attention.py`` and
+``triton_normalized.py``, as plain functions ``forward`` and ``backward`` with the arguments above, in this order, and these
+results. ``random_bits``, ``rotate`` and ``softmax_attention`` have no kernels.
 """

@@ -50,4 +50,4 @@ class Dropout(nn.Dropout):
         """Zero elements of ``x`` at random while training."""
         if torch.jit.is_scripting() or x.is_cuda or not self.training or self.p == 0:
             return functional.dropout(x, self.p, self.training)
-        return x * dropout_scale(x, x.shape, self.p)
+        return x * dropout_scale(x, list(x.shape), self.p)

@@ -158,9 +158,7 @@ def _backward(
     previous = _previous_states(hidden.index_select(0, layout.rows), initial.index_select(0, layout.ranking), layout)
     by_new = (1 - update) * (1 - new * new)  # d h / d (argument of tanh)
     # d h_t / d (W h_{t-1}), gate by gate: [T, 3, D]
-    slope = torch.stack(
-        [by_new * product * reset * (1 - reset), (previous - new) * update * (1 - update), by_new * reset], 1
-    )
+    slope = torch.stack([by_new * product * reset * (1 - reset), (previous - new) * update * (1 - update), by_new * reset], 1)
     grad_hidden = grad_hidden.index_select(0, layout.rows)
     carried = grad_last.index_select(0, layout.ranking)
     grad_products = slope

@@ -23,6 +23,7 @@ from glintru_rec.ops.chunks import (
 from glintru_rec.ops.implementation import triton_kernels
 from glintru_rec.ops.linear_attention import attend_backward, attend_in_chunks, attention_reference
 
+
 def normalized_attention_reference(
     q: Tensor, k: Tensor, q_rotary: Tensor, k_rotary: Tensor, v: Tensor, offsets: Tensor, causal: bool, eps: float
 ) -> Tensor:

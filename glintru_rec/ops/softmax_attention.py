@@ -162,15 +162,9 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill_(later, -math.inf), dim=3)
 
 
-def _scale(weights: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor | None:
-    """0 for what is dropped, 1 / (1 - rate) for the rest; None without dropout."""
-    if generator is None:
-        return None
+def _scale(weights: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """0 for what is dropped, 1 / (1 - rate) for the rest."""
     return torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator).mul_(1 / (1 - dropout))
-
-
-def _generator(seed: Tensor, device: torch.device) -> torch.Generator | None:
-    return torch.Generator(device).manual_seed(int(seed)) if seed.numel() > 0 else None
 
 
 @torch.library.custom_op("glintru_rec::softmax_attention", mutates_args=())
@@ -178,7 +172,7 @@ def _forward(qkv: Tensor, offsets: Tensor, seed: Tensor, num_heads: int, span: i
     if dropout == 0:
         return _attend(qkv, offsets, num_heads, span, 0.0)
     groups, places = _groups(offsets, qkv.size(0), span)
-    generator = _generator(seed, qkv.device)
+    generator = torch.Generator(qkv.device).manual_seed(int(seed))  # the backward pass draws the same again
     parts = [qkv[:0, : qkv.size(1) // 3]]
     for group in groups:
         q, k, v = _to_heads(qkv, group, 3 * num_heads).chunk(3, dim=1)
@@ -188,18 +182,16 @@ def _forward(qkv: Tensor, offsets: Tensor, seed: Tensor, num_heads: int, span: i
 
 
 @torch.library.custom_op("glintru_rec::softmax_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor, qkv: Tensor, offsets: Tensor, seed: Tensor, num_heads: int, span: int, dropout: float
-) -> Tensor:
+def _backward(grad: Tensor, qkv: Tensor, offsets: Tensor, seed: Tensor, num_heads: int, span: int, dropout: float) -> Tensor:
     """With P the weights, M the dropout's scale and g the gradient: ∂v = (P M)ᵀ g;  ∂scores = P ⊗ (∂P - Σ P ⊗ ∂P)."""
     groups, places = _groups(offsets, qkv.size(0), span)
-    generator = _generator(seed, qkv.device)
+    generator = torch.Generator(qkv.device).manual_seed(int(seed)) if dropout > 0 else None
     parts = [qkv[:0]]
     for group in groups:
         q, k, v = _to_heads(qkv, group, 3 * num_heads).chunk(3, dim=1)
         g = _to_heads(grad, group, num_heads)
         weights = _weights(q, k)
-        scale = _scale(weights, dropout, generator)
+        scale = _scale(weights, dropout, generator) if generator is not None else None
         grad_weights = torch.matmul(g, v.transpose(2, 3))
         if scale is not None:
             grad_weights.mul_(scale)
