@@ -8,10 +8,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from glintru_rec.encoders.rec_grela import PUBLISHED_NAMES, RecGRELA, load_published_weights
-from glintru_rec.encoders.rec_grela_block import DropPath, rotate, rotation
+from glintru_rec.encoders.rec_grela_block import DropPath, rotation
 from glintru_rec.errors import InputError
 from glintru_rec.ops.linear_attention import attention_reference, continue_attention, linear_attention
-from glintru_rec.ops.normalized_attention import normalized_attention, normalized_attention_reference, running_sum
+from glintru_rec.ops.normalized_attention import continue_normalized, normalized_attention, normalized_attention_reference
+from glintru_rec.ops.rotary import rotate
 from tests import encoder_laws as laws
 from tests.encoder_laws import PRECISIONS, draw, elu, gelu, layer_norm, linear, make, shake, silu
 
@@ -197,7 +198,7 @@ def test_rotation_keeps_lengths_and_sees_distance_alone():
     products = []
     for n, m in [(5, 2), (100_003, 100_000)]:
         cos, sin = rotation(torch.tensor([n, m]), 12)
-        turned = rotate(torch.stack([q, k]), cos, sin)
+        turned = rotate(torch.stack([q, k]).unsqueeze(1), cos, sin).squeeze(1)
         assert_close(turned.norm(dim=1), torch.stack([q, k]).norm(dim=1))
         products.append(turned[0] @ turned[1])
     assert_close(products[0], products[1], rtol=1e-9, atol=1e-9)
@@ -253,13 +254,32 @@ def test_attention_continues_from_a_state(lengths, chunk_size):
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [0], [1], [40, 16, 17]])
-def test_running_sum(lengths):
-    x, offsets = draw(lengths, 6)
-    x = x.view(-1, 2, 3)
-    sums, last = running_sum(x, offsets)
-    for b, part in enumerate(x.split(lengths)):
-        assert_close(sums[offsets[b] : offsets[b + 1]], part.cumsum(0), rtol=1e-13, atol=1e-13)
-        assert_close(last[b], part.sum(0), rtol=1e-13, atol=1e-13)
+def test_normalized_attention_continues_from_a_state(lengths):
+    """Cut in two, with the state carried over, it is the same, and so are the gradients of the first half."""
+    shapes = [(2 * sum(lengths), 2, 3)] * 4 + [(2 * sum(lengths), 2, 5)]
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    _, whole = draw([2 * length for length in lengths])
+    _, half = draw(lengths)
+    starts = [(2 * start, length) for start, length in zip(half.tolist(), lengths)]
+    rows = [
+        torch.cat([torch.arange(start + late * length, start + (late + 1) * length) for start, length in starts])
+        for late in (0, 1)
+    ]
+    expected = normalized_attention_reference(*inputs, whole, True, 0.01)
+    early, *state = continue_normalized(*(x[rows[0]] for x in inputs), half, True, 0.01)
+    late, memory, key_sums = continue_normalized(*(x[rows[1]] for x in inputs), half, True, 0.01, 16, "auto", *state)
+    assert_close(early, expected[rows[0]], rtol=1e-12, atol=1e-12)
+    assert_close(late, expected[rows[1]], rtol=1e-12, atol=1e-12)
+    for b, (start, length) in enumerate(starts):
+        _, k, _, k_rotary, v = (x[start : start + 2 * length] for x in inputs)
+        assert_close(memory[b], torch.einsum("nhi,nhj->hij", k_rotary, v), rtol=1e-12, atol=1e-12)
+        assert_close(key_sums[b], k.sum(0), rtol=1e-12, atol=1e-12)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    loss = (early * weight[rows[0]]).sum() + (late * weight[rows[1]]).sum() + 0 * sum(x.sum() for x in inputs)
+    of_halves = torch.autograd.grad(loss, inputs)
+    of_whole = torch.autograd.grad((expected * weight).sum(), inputs, materialize_grads=True, allow_unused=True)
+    assert_close(of_halves, of_whole, rtol=1e-11, atol=1e-11)
 
 
 class PublishedBlock(nn.Module):

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from glintru_rec.encoders.sasrec import PUBLISHED_NAMES, SASRec, load_published_weights, padded_groups, window_offsets
+from glintru_rec.encoders.sasrec import PUBLISHED_NAMES, SASRec, load_published_weights
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
+from glintru_rec.ops.softmax_attention import padded_groups, window_offsets
 from tests import encoder_laws as laws
 from tests.encoder_laws import PRECISIONS, draw, layer_norm, linear, make, shake
 

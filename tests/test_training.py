@@ -110,6 +110,25 @@ def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
     assert killed["peak_memory_bytes"] > 10**8
 
 
+def test_compiled_training(dataset_dir, tmp_path):
+    """Going on compiled from an eager checkpoint gives the eager losses, dropout included, and a checkpoint to load as any."""
+    small = ["model=lru_rec", "model.embedding_dim=16", "model.options.num_blocks=1", "data.max_seq_len=20", *AVERAGED]
+    steps = [f"trainer.{key}" for key in ("batch_targets=128", "log_every_steps=1", "checkpoint_every_steps=3", "keep_last=9")]
+    arguments = [f"data.path={dataset_dir}", *small, *steps, "trainer.max_steps=6"]
+    run_program("train", *arguments, f"output={tmp_path / 'eager'}")
+    shutil.copytree(tmp_path / "eager", tmp_path / "compiled")
+    shutil.rmtree(tmp_path / "compiled/checkpoints/step-00000006")
+    run_program("train", *arguments, f"output={tmp_path / 'compiled'}", "trainer.resume=true", "trainer.compile=true")
+    assert compose_of(tmp_path / "compiled").trainer.compile
+    found, expected = losses(tmp_path / "compiled"), losses(tmp_path / "eager")
+    assert [step for step, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+    ours, eager = weights(tmp_path / "compiled"), weights(tmp_path / "eager")
+    assert list(ours) == list(eager)
+    for name in eager:
+        torch.testing.assert_close(ours[name], eager[name], rtol=1e-3, atol=1e-4)
+
+
 def test_shards_start_different(dataset_dir, tmp_path):
     """Each rank fills its own rows; from one seed they would be copies of each other. Biases start at 0."""
     arguments = [

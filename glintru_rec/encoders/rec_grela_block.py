@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glintru_rec.jagged import last_items, lengths_from_offsets, positions, sequence_index
-from glintru_rec.ops.dropout import Dropout
-from glintru_rec.ops.linear_attention import continue_attention
-from glintru_rec.ops.normalized_attention import normalized_attention, running_sum
+from glintru_rec.ops.dropout import Dropout, dropout_scale
+from glintru_rec.ops.normalized_attention import continue_normalized, normalized_attention
+from glintru_rec.ops.rotary import rotate
 
 
 class RecGRELAState(NamedTuple):
@@ -33,12 +33,6 @@ def rotation(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
     frequency = torch.arange(width // 2, dtype=torch.float64, device=position.device) / (width // 2)
     angle = position.to(torch.float64).unsqueeze(1) * torch.pow(10000.0, -frequency)
     return torch.cos(angle), torch.sin(angle)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (2j, 2j+1) of ``x [*, D]`` by the angles of `rotation`."""
-    even, odd = x[:, ::2], x[:, 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=2).flatten(1)
 
 
 class RotaryLinearAttention(nn.Module):
@@ -66,9 +60,7 @@ class RotaryLinearAttention(nn.Module):
     def prefill(self, t: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor) -> tuple[Tensor, RecGRELAState]:
         """As `forward`, and the block's state after each sequence's last item (without the dimension L)."""
         q, k, q_rotary, k_rotary = self._features(t, cos, sin)
-        numerator, memory = continue_attention(q_rotary, k_rotary, t.view_as(q), offsets)
-        sums, key_sums = running_sum(k, offsets)
-        a = numerator / ((q * sums).sum(2, keepdim=True) + self.eps)
+        a, memory, key_sums = continue_normalized(q, k, q_rotary, k_rotary, t.view_as(q), offsets, self.causal, self.eps)
         recent = last_items(t, offsets, self.kernel_size - 1)
         state = RecGRELAState(memory, key_sums, recent, lengths_from_offsets(offsets))
         return a.reshape(t.shape) + self._local(t, offsets), state
@@ -85,9 +77,11 @@ class RotaryLinearAttention(nn.Module):
 
     def _features(self, t: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries and keys, plain and rotary, ``[*, H, d]`` each."""
+        plain = (functional.elu(self.query_key(t)) + 1).view([t.size(0), 2, t.size(1)])
         heads = [t.size(0), self.num_heads, t.size(1) // self.num_heads]
-        q, k = (functional.elu(self.query_key(t)) + 1).chunk(2, dim=1)
-        return q.reshape(heads), k.reshape(heads), rotate(q, cos, sin).view(heads), rotate(k, cos, sin).view(heads)
+        q, k = plain.unbind(1)
+        q_rotary, k_rotary = rotate(plain, cos, sin).unbind(1)
+        return q.reshape(heads), k.reshape(heads), q_rotary.reshape(heads), k_rotary.reshape(heads)
 
     def _local(self, v: Tensor, offsets: Tensor) -> Tensor:
         """Convolve each feature over the last k items of its sequence: ``[T, D]``."""
@@ -130,8 +124,7 @@ class DropPath(nn.Module):
         """Map ``[T, D]`` to ``[T, D]``, one draw per sequence."""
         if not self.training or self.rate == 0.0:
             return x
-        kept = torch.rand(offsets.numel() - 1, device=x.device) >= self.rate
-        scale = kept.to(x.dtype) / (1 - self.rate)
+        scale = dropout_scale(x, [offsets.numel() - 1], self.rate)
         return x * scale[sequence_index(offsets, x.size(0))].unsqueeze(1)
 
 

@@ -7,7 +7,6 @@ Shapes: T items, B sequences, D width, H heads, d = D / H, W windows of at most 
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,77 +14,12 @@ from torch.nn import functional
 
 from glintru_rec.encoders.base import Encoder, check_rates, check_sizes
 from glintru_rec.errors import InputError
-from glintru_rec.jagged import lengths_from_offsets, offsets_from_lengths, positions, sequence_index
 from glintru_rec.ops.dropout import Dropout
-from glintru_rec.ops.rows import gather_rows, scatter_rows
-
-
-def window_offsets(offsets: Tensor, size: int) -> Tensor:
-    """Cut every sequence, from its end, into windows of ``size`` items; the first one holds what is left.
-
-    Args:
-        offsets: int64 ``[B + 1]``.
-        size: at least 1.
-
-    Returns:
-        int64 ``[W + 1]``, from 0 to T; no window is empty.
-    """
-    windows = offsets_from_lengths((lengths_from_offsets(offsets) + (size - 1)) // size)
-    index = sequence_index(windows, int(windows[-1].item()))
-    later = windows[1:][index] - torch.arange(index.numel(), device=offsets.device) - 1
-    return torch.cat([offsets[:1], offsets[1:][index] - later * size])
-
-
-class PaddedGroup(NamedTuple):
-    """Windows of about the same length, which attention pads to one."""
-
-    rows: Tensor
-    """Their items among the T of the batch, int64."""
-    slots: Tensor
-    """Place of each of these items among ``num_windows * length``, int64."""
-    num_windows: int
-    length: int
-
-
-def padded_groups(offsets: Tensor, num_items: int, shortest: int = 8) -> tuple[list[PaddedGroup], Tensor]:
-    """Group windows by the power of two that holds them: at most half of a padded window is padding.
-
-    A window's padded length depends on its own length alone, so on nothing else in the batch.
-
-    Args:
-        offsets: int64 ``[W + 1]``.
-        num_items: T.
-        shortest: padded length of the first group, whatever its windows' lengths.
-
-    Returns:
-        The groups, and where each item's row is when their rows are joined, int64 ``[T]``.
-    """
-    lengths = lengths_from_offsets(offsets)
-    index = sequence_index(offsets, num_items)
-    position = positions(offsets, num_items)
-    longest = 0
-    if lengths.numel() > 0:
-        longest = int(lengths.max().item())
-    groups: list[PaddedGroup] = []
-    below, length = 0, shortest
-    while below < longest:
-        chosen = (lengths > below) & (lengths <= length)
-        rows = chosen[index].nonzero().squeeze(1)
-        if rows.numel() > 0:
-            slots = (chosen.cumsum(0) - 1)[index[rows]] * length + position[rows]
-            groups.append(PaddedGroup(rows, slots, int(chosen.sum().item()), length))
-        below, length = length, 2 * length
-    places = torch.empty_like(index)
-    if len(groups) > 0:
-        places[torch.cat([group.rows for group in groups])] = torch.arange(num_items, device=offsets.device)
-    return groups, places
+from glintru_rec.ops.softmax_attention import softmax_attention, window_positions
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q kᵀ / sqrt(d)) v of q, k, v = x W + b over the items up to each one, then a linear layer.
-
-    Padding exists inside this module only; it follows the items, where no item looks.
-    """
+    """softmax(q kᵀ / sqrt(d)) v of q, k, v = x W + b over the items up to each one, then a linear layer."""
 
     def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
@@ -94,23 +28,10 @@ class CausalSelfAttention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, groups: list[PaddedGroup], places: Tensor) -> Tensor:
-        """Map ``[T, D]`` to ``[T, D]`` within the windows of `padded_groups`."""
-        width = x.size(1)
-        heads = [3, self.num_heads, width // self.num_heads]
-        qkv = self.query_key_value(x)
-        parts: list[Tensor] = []
-        for group in groups:
-            padded = scatter_rows(gather_rows(qkv, group.rows), group.slots, group.num_windows * group.length)
-            padded = padded.view([group.num_windows, group.length, heads[0], heads[1], heads[2]]).permute(2, 0, 3, 1, 4)
-            attended = functional.scaled_dot_product_attention(
-                padded[0], padded[1], padded[2], dropout_p=self.dropout if self.training else 0.0, is_causal=True
-            )
-            attended = attended.transpose(1, 2).reshape(group.num_windows * group.length, width)
-            parts.append(gather_rows(attended, group.slots))
-        if len(parts) == 0:
-            return self.out(qkv[:, :width])  # no item, but every parameter stays in the graph: ranks wait for its gradient
-        return self.out(gather_rows(torch.cat(parts), places))
+    def forward(self, x: Tensor, offsets: Tensor, span: int) -> Tensor:
+        """Map ``[T, D]`` to ``[T, D]`` within the windows of ``span`` items."""
+        rate = self.dropout if self.training else 0.0
+        return self.out(softmax_attention(self.query_key_value(x), offsets, self.num_heads, span, rate))
 
 
 class SASRecBlock(nn.Module):
@@ -125,9 +46,9 @@ class SASRecBlock(nn.Module):
         self.down = nn.Linear(mlp_width, width)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, groups: list[PaddedGroup], places: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, span: int) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
-        x = x + self.attention(self.norm(x), groups, places)
+        x = x + self.attention(self.norm(x), offsets, span)
         return x + self.dropout(self.down(functional.relu(self.dropout(self.up(self.mlp_norm(x))))))
 
 
@@ -215,11 +136,10 @@ class SASRec(Encoder):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Encode a ragged batch: ``[T, D]`` to ``[T, D]`` (see `Encoder.forward`)."""
-        windows = window_offsets(offsets, self.max_seq_len)
-        groups, places = padded_groups(windows, x.size(0))
-        hidden = self.dropout(x * math.sqrt(self.width) + self.positions(positions(windows, x.size(0))))
+        place = window_positions(offsets, x.size(0), self.max_seq_len)
+        hidden = self.dropout(x * math.sqrt(self.width) + self.positions(place))
         for block in self.blocks:
-            hidden = block(hidden, groups, places)
+            hidden = block(hidden, offsets, self.max_seq_len)
         return self.norm(hidden)
 
 

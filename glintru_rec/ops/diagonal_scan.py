@@ -14,6 +14,7 @@ Shapes: T items, B sequences, S complex features.
 import torch
 from torch import Tensor
 
+from glintru_rec.ops.implementation import triton_kernels
 from glintru_rec.ops.time_major import TimeMajor, time_major
 
 
@@ -29,7 +30,9 @@ def scan_reference(inputs: Tensor, decay: Tensor, offsets: Tensor, initial: Tens
     return torch.stack(states) if states else inputs, torch.stack(last) if last else initial
 
 
-def diagonal_scan(inputs: Tensor, decay: Tensor, offsets: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def diagonal_scan(
+    inputs: Tensor, decay: Tensor, offsets: Tensor, initial: Tensor | None = None, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a ragged batch.
 
     Sequences never see each other: running a batch equals running its sequences one by one.
@@ -39,18 +42,22 @@ def diagonal_scan(inputs: Tensor, decay: Tensor, offsets: Tensor, initial: Tenso
         decay: λ, ``[2, S]``; states stay bounded for ``|λ| < 1``.
         offsets: where each sequence starts in ``inputs``, int64 ``[B + 1]``, from 0 to T.
         initial: state before the first item, ``[B, 2, S]``; zeros when absent.
+        implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`).
 
     Returns:
         The state after every item, ``[T, 2, S]``, and after each sequence's last item, ``[B, 2, S]`` (an empty
         sequence gives back its initial state).
+
+    Raises:
+        InputError: the implementation is not to be had.
     """
     if initial is None:
         initial = inputs.new_zeros(offsets.numel() - 1, 2, inputs.size(2))
-    layout = time_major(offsets, inputs.size(0))
     if torch.jit.is_scripting():
-        states, last = _scan(inputs, decay, initial, offsets, layout)
-        return states.index_select(0, layout.places), last
-    return _DiagonalScan.apply(inputs, decay, initial, offsets, layout)
+        return _scan(inputs, decay, initial, offsets, time_major(offsets, inputs.size(0)))
+    inputs, decay, initial = inputs.contiguous(), decay.contiguous(), initial.contiguous()
+    states, last = _forward(inputs, decay, initial, offsets, implementation)
+    return states, last
 
 
 def diagonal_step(inputs: Tensor, decay: Tensor, state: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def diagonal_step(inputs: Tensor, decay: Tensor, state: Tensor) -> Tensor:
 
 
 def _scan(inputs: Tensor, decay: Tensor, initial: Tensor, offsets: Tensor, layout: TimeMajor) -> tuple[Tensor, Tensor]:
-    """Give the states in time-major order, and after each sequence's last item in the order of the batch."""
+    """Forward pass, see `diagonal_scan`."""
     states = inputs.index_select(0, layout.rows)  # a copy, turned into the states step by step
     previous = initial.index_select(0, layout.ranking)
     start = 0
@@ -72,7 +79,8 @@ def _scan(inputs: Tensor, decay: Tensor, initial: Tensor, offsets: Tensor, layou
         previous = h
         start += n
     filled, ends = _ends(offsets, layout)
-    return states, initial.index_copy(0, filled, states.index_select(0, ends))
+    last = initial.index_copy(0, filled, states.index_select(0, ends))
+    return states.index_select(0, layout.places), last
 
 
 def _ends(offsets: Tensor, layout: TimeMajor) -> tuple[Tensor, Tensor]:
@@ -81,49 +89,80 @@ def _ends(offsets: Tensor, layout: TimeMajor) -> tuple[Tensor, Tensor]:
     return filled, layout.places[offsets[1:][filled] - 1]
 
 
-class _DiagonalScan(torch.autograd.Function):
-    """The scan with a backward pass by hand: the same recurrence from the end, with the conjugate of λ.
+@torch.library.custom_op("glintru_rec::scan_forward", mutates_args=())
+def _forward(inputs: Tensor, decay: Tensor, initial: Tensor, offsets: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels("scan", implementation, inputs)
+    if kernels is not None:
+        return kernels.forward(inputs, decay, initial, offsets)
+    return _scan(inputs, decay, initial, offsets, time_major(offsets, inputs.size(0)))
+
+
+@torch.library.custom_op("glintru_rec::scan_backward", mutates_args=())
+def _backward(
+    grad_states: Tensor,
+    grad_last: Tensor,
+    decay: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    states: Tensor,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same recurrence from the end, with the conjugate of λ.
 
     With g_n the gradient of h_n through everything after it: g_n = ∂_n + λ̄ ⊗ g_{n+1};  that of b_n is g_n, that of
     h_0 is λ̄ ⊗ g_1, and that of λ is Σ_n g_n ⊗ h̄_{n-1}, summed within each sequence before across the batch.
     """
+    kernels = triton_kernels("scan", implementation, states)
+    if kernels is not None:
+        return kernels.backward(grad_states, grad_last, decay, initial, offsets, states)
+    layout = time_major(offsets, states.size(0))
+    grad = grad_states.index_select(0, layout.rows)
+    states = states.index_select(0, layout.rows)
+    filled, ends = _ends(offsets, layout)
+    grad.index_add_(0, ends, grad_last[filled])
+    first = initial.index_select(0, layout.ranking)
+    carried = grad_last.index_select(0, layout.ranking)
+    along = torch.zeros_like(first)  # Σ_n g_n ⊗ h_{n-1}, part by part: its sum is the gradient of Re λ
+    across = torch.zeros_like(first[:, 0])  # that of Im λ
+    end = grad.size(0)
+    for t in range(len(layout.alive) - 1, -1, -1):
+        n = layout.alive[t]
+        g = grad[end - n : end]
+        end -= n
+        if t > 0:
+            start = end - layout.alive[t - 1]
+            previous, g_before = states[start : start + n], grad[start : start + n]
+        else:
+            previous, g_before = first[:n], carried[:n].zero_()
+        along[:n].addcmul_(g, previous)
+        across[:n].addcmul_(g[:, 1], previous[:, 0]).addcmul_(g[:, 0], previous[:, 1], value=-1)
+        g_before.addcmul_(g, decay[0])
+        g_before[:, 0].addcmul_(g[:, 1], decay[1])
+        g_before[:, 1].addcmul_(g[:, 0], decay[1], value=-1)
+    grad_initial = torch.empty_like(carried)
+    grad_initial[layout.ranking] = carried
+    grad_decay = torch.stack([along.sum((0, 1)), across.sum(0)])
+    return grad.index_select(0, layout.places), grad_decay, grad_initial
 
-    @staticmethod
-    def forward(ctx, inputs: Tensor, decay: Tensor, initial: Tensor, offsets: Tensor, layout: TimeMajor):
-        states, last = _scan(inputs, decay, initial, offsets, layout)
-        ctx.save_for_backward(decay, initial, states, offsets)
-        ctx.layout = layout
-        return states.index_select(0, layout.places), last
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
-        decay, initial, states, offsets = ctx.saved_tensors
-        layout: TimeMajor = ctx.layout
-        grad_states, grad_last = grads
-        grad = grad_states.index_select(0, layout.rows)
-        filled, ends = _ends(offsets, layout)
-        grad.index_add_(0, ends, grad_last[filled])
-        first = initial.index_select(0, layout.ranking)
-        carried = grad_last.index_select(0, layout.ranking)
-        along = torch.zeros_like(first)  # Σ_n g_n ⊗ h_{n-1}, part by part: its sum is the gradient of Re λ
-        across = torch.zeros_like(first[:, 0])  # that of Im λ
-        end = grad.size(0)
-        for t in range(len(layout.alive) - 1, -1, -1):
-            n = layout.alive[t]
-            g = grad[end - n : end]
-            end -= n
-            if t > 0:
-                start = end - layout.alive[t - 1]
-                previous, g_before = states[start : start + n], grad[start : start + n]
-            else:
-                previous, g_before = first[:n], carried[:n].zero_()
-            along[:n].addcmul_(g, previous)
-            across[:n].addcmul_(g[:, 1], previous[:, 0]).addcmul_(g[:, 0], previous[:, 1], value=-1)
-            g_before.addcmul_(g, decay[0])
-            g_before[:, 0].addcmul_(g[:, 1], decay[1])
-            g_before[:, 1].addcmul_(g[:, 0], decay[1], value=-1)
-        grad_initial = torch.empty_like(carried)
-        grad_initial[layout.ranking] = carried
-        grad_decay = torch.stack([along.sum((0, 1)), across.sum(0)])
-        return grad.index_select(0, layout.places), grad_decay, grad_initial, None, None
+@_forward.register_fake
+def _(inputs, decay, initial, offsets, implementation):
+    return torch.empty_like(inputs), torch.empty_like(initial)
+
+
+@_backward.register_fake
+def _(grad_states, grad_last, decay, initial, offsets, states, implementation):
+    return torch.empty_like(states), torch.empty_like(decay), torch.empty_like(initial)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, decay, initial, offsets, ctx.implementation = inputs
+    ctx.save_for_backward(decay, initial, offsets, output[0])
+
+
+def _gradients(ctx, grad_states: Tensor, grad_last: Tensor):
+    grads = _backward(grad_states.contiguous(), grad_last.contiguous(), *ctx.saved_tensors, ctx.implementation)
+    return (*grads, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

@@ -7,18 +7,47 @@ from torch.nn import functional
 _LEVELS = 1 << 16
 
 
-class Dropout(nn.Dropout):
-    """`torch.nn.Dropout`, with a faster mask on the CPU.
+# The tag keeps a compiler from drawing again in the backward pass.
+@torch.library.custom_op("glintru_rec::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _random_bits(after: Tensor, size: list[int]) -> Tensor:
+    """Draw 16 random bits for each of ``size`` elements from torch's global generator: int16.
 
-    There the rate is rounded to a multiple of 2^-16, and what is kept is scaled by exactly the inverse of the rounded
-    rate, so that the expectation is the input's.
+    A compiler takes calls with equal arguments for the same draw, so each call has ``after``, an empty part of a tensor of
+    its own.
     """
+    numel = torch.Size(size).numel()
+    bits = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)  # four elements a draw
+    return bits.view(torch.int16)[:numel].view(size)
+
+
+@_random_bits.register_fake
+def _(after, size):
+    return after.new_empty(size, dtype=torch.int16)
+
+
+def dropout_scale(x: Tensor, size: list[int], rate: float) -> Tensor:
+    """Draw 0 with probability ``rate``, else the scale that makes the mean 1: ``size``, of the dtype and device of ``x``.
+
+    On the CPU the rate is rounded to a multiple of 2^-16. Two draws need two different ``x`` (see `_random_bits`).
+    """
+    if torch.jit.is_scripting() or x.is_cuda:
+        return functional.dropout(torch.ones(size, dtype=x.dtype, device=x.device), rate)
+    kept = max(1, round((1 - rate) * _LEVELS))
+    bits = _random_bits(x.detach()[:0], size)
+    mask = torch.lt(bits, kept - _LEVELS // 2, out=torch.empty(size, dtype=x.dtype))  # spares a pass over memory
+    return mask.mul_(_LEVELS / kept)
+
+
+def dropout_seed(x: Tensor) -> Tensor:
+    """Draw a seed from torch's global generator: int64 ``[1]`` on the CPU. Two draws need two different ``x``."""
+    return _random_bits(x.detach().flatten()[:0].cpu(), [4]).view(torch.int64)
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout`, with a faster mask on the CPU (see `dropout_scale`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero elements of ``x`` at random while training."""
         if torch.jit.is_scripting() or x.is_cuda or not self.training or self.p == 0:
             return functional.dropout(x, self.p, self.training)
-        kept = max(1, round((1 - self.p) * _LEVELS))
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1)  # four elements a draw
-        mask = bits.view(torch.int16)[: x.numel()].view(x.shape) < kept - _LEVELS // 2
-        return x * mask.to(x.dtype).mul_(_LEVELS / kept)
+        return x * dropout_scale(x, list(x.shape), self.p)

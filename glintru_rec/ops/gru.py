@@ -9,6 +9,7 @@ Shapes: T items, B sequences, D hidden width.
 import torch
 from torch import Tensor
 
+from glintru_rec.ops.implementation import triton_kernels
 from glintru_rec.ops.time_major import TimeMajor, time_major
 
 
@@ -27,7 +28,9 @@ def gru_reference(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tenso
     return torch.stack(hidden) if hidden else gates[:, : weight.size(1)], torch.stack(last) if last else initial
 
 
-def ragged_gru(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def ragged_gru(
+    gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tensor | None = None, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run a GRU over a ragged batch.
 
     Sequences never see each other: running a batch equals running its sequences one by one.
@@ -37,18 +40,24 @@ def ragged_gru(gates: Tensor, weight: Tensor, offsets: Tensor, initial: Tensor |
         weight: hidden-to-hidden weights, gates in the same order (``torch.nn.GRU.weight_hh_l0``), ``[3*D, D]``.
         offsets: where each sequence starts in ``gates``, int64 ``[B + 1]``, from 0 to T.
         initial: hidden state before the first item, ``[B, D]``; zeros when absent.
+        implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`).
 
     Returns:
         The hidden state after every item, ``[T, D]``, and after each sequence's last item, ``[B, D]`` (an empty
         sequence gives back its initial state).
+
+    Raises:
+        InputError: the implementation is not to be had.
     """
     if initial is None:
         initial = gates.new_zeros(offsets.numel() - 1, weight.size(1))
-    layout = time_major(offsets, gates.size(0))
     if torch.jit.is_scripting():
-        hidden, last = _infer(gates, weight, initial, layout)
+        hidden, last = _infer(gates, weight, initial, time_major(offsets, gates.size(0)))
         return hidden, last
-    return _RaggedGRU.apply(gates, weight, initial, layout)
+    save = torch.is_grad_enabled() and (gates.requires_grad or weight.requires_grad or initial.requires_grad)
+    gates, weight, initial = gates.contiguous(), weight.contiguous(), initial.contiguous()
+    hidden, last, _ = _forward(gates, weight, initial, offsets, save, implementation)
+    return hidden, last
 
 
 def gru_step(gates: Tensor, weight_t: Tensor, hidden: Tensor) -> Tensor:
@@ -86,71 +95,84 @@ def _infer(gates: Tensor, weight: Tensor, initial: Tensor, layout: TimeMajor) ->
     return hidden.index_select(0, layout.places), unranked
 
 
-class _RaggedGRU(torch.autograd.Function):
-    """The scan with a backward pass by hand.
+# The backward pass is by hand. What a time step needs of the gates' derivatives does not depend on the incoming gradient, so it
+# is computed for all steps at once before the backward loop; a step is left with one product, one matmul and two additions,
+# and the weight's gradient is a single matmul over all items after the loop.
 
-    What a time step needs of the gates' derivatives does not depend on the incoming gradient, so it is computed for
-    all steps at once before the backward loop; a step is left with one product, one matmul and two additions, and the
-    weight's gradient is a single matmul over all items after the loop.
-    """
 
-    @staticmethod
-    def forward(ctx, gates: Tensor, weight: Tensor, initial: Tensor, layout: TimeMajor):
-        width = weight.size(1)
-        gates = gates.index_select(0, layout.rows)
-        first = initial.index_select(0, layout.ranking)
-        weight_t = weight.t().contiguous()
-        num_items = gates.size(0)
-        products = gates.new_empty(num_items, 3 * width)  # W h_{t-1}; only the new gate's third is kept
-        rz = gates.new_empty(num_items, 2 * width)
-        new = gates.new_empty(num_items, width)
-        hidden = gates.new_empty(num_items, width)
-        previous = first
-        start = 0
-        for n in layout.alive:
-            here = slice(start, start + n)
-            previous = previous[:n]
-            w, rz_t, new_t, g = products[here], rz[here], new[here], gates[here]
-            torch.mm(previous, weight_t, out=w)
-            torch.add(g[:, : 2 * width], w[:, : 2 * width], out=rz_t).sigmoid_()
-            torch.addcmul(g[:, 2 * width :], rz_t[:, :width], w[:, 2 * width :], out=new_t).tanh_()
-            previous = torch.lerp(new_t, previous, rz_t[:, width:], out=hidden[here])
-            start += n
-        ctx.save_for_backward(weight, first, products[:, 2 * width :], rz, new, hidden)
-        ctx.layout = layout
-        return hidden.index_select(0, layout.places), _last_states(hidden, first, layout)
+@torch.library.custom_op("glintru_rec::gru_forward", mutates_args=())
+def _forward(
+    gates: Tensor, weight: Tensor, initial: Tensor, offsets: Tensor, save: bool, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = triton_kernels("gru", implementation, weight)
+    if kernels is not None:
+        return kernels.forward(gates, weight, initial, offsets, save)
+    layout = time_major(offsets, gates.size(0))
+    if not save:
+        hidden, last = _infer(gates, weight, initial, layout)
+        return hidden, last, gates.new_empty(0, 4 * weight.size(1))
+    return _train(gates, weight, initial, layout)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
-        weight, first, product, rz, new, hidden = ctx.saved_tensors
-        layout: TimeMajor = ctx.layout
-        width = weight.size(1)
-        reset, update = rz[:, :width], rz[:, width:]
-        previous = _previous_states(hidden, first, layout)
-        by_new = (1 - update) * (1 - new * new)  # d h / d (argument of tanh)
-        # d h_t / d (W h_{t-1}), gate by gate: [T, 3, D]
-        slope = torch.stack(
-            [by_new * product * reset * (1 - reset), (previous - new) * update * (1 - update), by_new * reset], 1
-        )
-        grad_hidden = grads[0].index_select(0, layout.rows)
-        carried = grads[1].index_select(0, layout.ranking).clone()
-        grad_products = torch.empty_like(slope)
-        end = hidden.size(0)
-        for n in reversed(layout.alive):
-            here = slice(end - n, end)
-            grad = grad_hidden[here]
-            grad.add_(carried[:n])
-            torch.mul(grad.unsqueeze(1), slope[here], out=grad_products[here])
-            torch.mul(grad, update[here], out=carried[:n])
-            carried[:n].addmm_(grad_products[here].view(n, 3 * width), weight)
-            end -= n
-        grad_weight = grad_products.view(-1, 3 * width).t() @ previous
-        grad_gates = grad_products
-        torch.mul(grad_hidden, by_new, out=grad_gates[:, 2])
-        grad_initial = torch.empty_like(carried)
-        grad_initial[layout.ranking] = carried
-        return grad_gates.view(-1, 3 * width).index_select(0, layout.places), grad_weight, grad_initial, None
+
+def _train(gates: Tensor, weight: Tensor, initial: Tensor, layout: TimeMajor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward pass that keeps r, z, W_n h_{t-1} and n of every item, in time-major order."""
+    width = weight.size(1)
+    gates = gates.index_select(0, layout.rows)
+    first = initial.index_select(0, layout.ranking)
+    weight_t = weight.t().contiguous()
+    saved = gates.new_empty(gates.size(0), 4 * width)
+    saved[:, : 2 * width] = gates[:, : 2 * width]
+    saved[:, 2 * width : 3 * width] = 0
+    rzw, rz, reset, update, product, new = (
+        saved[:, begin * width : end * width].split(layout.alive)
+        for begin, end in ((0, 3), (0, 2), (0, 1), (1, 2), (2, 3), (3, 4))
+    )
+    hidden = torch.empty_like(gates[:, :width], memory_format=torch.contiguous_format)
+    previous = first
+    for t, (h, gate) in enumerate(zip(hidden.split(layout.alive), gates[:, 2 * width :].split(layout.alive))):
+        previous = previous[: h.size(0)]
+        rzw[t].addmm_(previous, weight_t)
+        rz[t].sigmoid_()
+        torch.addcmul(gate, reset[t], product[t], out=new[t]).tanh_()
+        previous = torch.lerp(new[t], previous, update[t], out=h)
+    return hidden.index_select(0, layout.places), _last_states(hidden, first, layout), saved
+
+
+@torch.library.custom_op("glintru_rec::gru_backward", mutates_args=())
+def _backward(
+    grad_hidden: Tensor,
+    grad_last: Tensor,
+    weight: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    hidden: Tensor,
+    saved: Tensor,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = triton_kernels("gru", implementation, weight)
+    if kernels is not None:
+        return kernels.backward(grad_hidden, grad_last, weight, initial, offsets, hidden, saved)
+    layout = time_major(offsets, hidden.size(0))
+    width = weight.size(1)
+    reset, update, product, new = saved.chunk(4, 1)
+    previous = _previous_states(hidden.index_select(0, layout.rows), initial.index_select(0, layout.ranking), layout)
+    by_new = (1 - update) * (1 - new * new)  # d h / d (argument of tanh)
+    # d h_t / d (W h_{t-1}), gate by gate: [T, 3, D]
+    slope = torch.stack([by_new * product * reset * (1 - reset), (previous - new) * update * (1 - update), by_new * reset], 1)
+    grad_hidden = grad_hidden.index_select(0, layout.rows)
+    carried = grad_last.index_select(0, layout.ranking)
+    grad_products = slope
+    steps = [x.split(layout.alive) for x in (grad_hidden, slope, slope.view(-1, 3 * width), update)]
+    for grad, slope_t, flat, update_t in zip(*(reversed(step) for step in steps)):
+        carry = carried[: grad.size(0)]
+        grad.add_(carry)
+        slope_t.mul_(grad.unsqueeze(1))
+        torch.mul(grad, update_t, out=carry).addmm_(flat, weight)
+    grad_weight = grad_products.view(-1, 3 * width).t() @ previous
+    torch.mul(grad_hidden, by_new, out=grad_products[:, 2])
+    grad_initial = torch.empty_like(carried)
+    grad_initial[layout.ranking] = carried
+    return grad_products.view(-1, 3 * width).index_select(0, layout.places), grad_weight, grad_initial
 
 
 def _previous_states(hidden: Tensor, first: Tensor, layout: TimeMajor) -> Tensor:
@@ -174,3 +196,32 @@ def _last_states(hidden: Tensor, first: Tensor, layout: TimeMajor) -> Tensor:
     unranked = torch.empty_like(last)
     unranked[layout.ranking] = last
     return unranked
+
+
+@_forward.register_fake
+def _(gates, weight, initial, offsets, save, implementation):
+    width = weight.size(1)
+    hidden, saved = gates.new_empty(gates.size(0), width), gates.new_empty(gates.size(0) if save else 0, 4 * width)
+    return hidden, torch.empty_like(initial), saved
+
+
+@_backward.register_fake
+def _(grad_hidden, grad_last, weight, initial, offsets, hidden, saved, implementation):
+    gates = hidden.new_empty(hidden.size(0), 3 * hidden.size(1))
+    return gates, torch.empty_like(weight), torch.empty_like(initial)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, weight, initial, offsets, _, implementation = inputs
+    hidden, _, saved = output
+    ctx.save_for_backward(weight, initial, offsets, hidden, saved)
+    ctx.implementation = implementation
+    ctx.mark_non_differentiable(saved)
+
+
+def _gradients(ctx, grad_hidden: Tensor, grad_last: Tensor, _):
+    grads = _backward(grad_hidden.contiguous(), grad_last.contiguous(), *ctx.saved_tensors, ctx.implementation)
+    return (*grads, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

@@ -1,20 +1,25 @@
 """Ragged linear attention: ``a_n = q_nᵀ Σ_m k_m v_mᵀ`` over the items of one sequence.
 
-Causal (``m ≤ n``) works in chunks: within a chunk by a masked ``q kᵀ v``, between chunks by the running sum of
-``k vᵀ``, so time and memory grow linearly with the history. Chunks start at each sequence's own first item: a sequence's
-result does not depend on what else is in the batch.
+Causal (``m ≤ n``) works in chunks: within a chunk by a masked ``q kᵀ v``, between chunks by the running sum S of ``k vᵀ``, so
+time and memory grow linearly with the history. Chunks start at each sequence's own first item: a sequence's result does not
+depend on what else is in the batch.
 
 Shapes: T items, B sequences, H heads, d features of a head's keys and e of its values, M chunks of C items.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from glintru_rec.jagged import lengths_from_offsets, offsets_from_lengths, sequence_index
-from glintru_rec.ops.rows import gather_rows, scatter_rows
-from glintru_rec.ops.time_major import time_major
+from glintru_rec.ops.chunks import (
+    ChunkLayout,
+    chunk_layout,
+    from_chunks,
+    sums_after,
+    sums_before,
+    to_chunks,
+    total_sums,
+)
+from glintru_rec.ops.implementation import triton_kernels
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Tensor:
@@ -29,7 +34,15 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal
     return out
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool, chunk_size: int = 16) -> Tensor:
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    causal: bool,
+    chunk_size: int = 16,
+    implementation: str = "auto",
+) -> Tensor:
     """Attend over every sequence of a ragged batch without a softmax.
 
     Args:
@@ -38,27 +51,26 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: b
         v: values, ``[T, H, e]``.
         offsets: int64 ``[B + 1]``.
         causal: position n attends to items ``1 .. n``; otherwise to all items of its sequence.
-        chunk_size: items handled by one masked matmul; changes speed and rounding only.
+        chunk_size: items handled by one masked matmul of the torch code; changes speed and rounding only.
+        implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`).
 
     Returns:
         ``[T, H, e]``.
+
+    Raises:
+        InputError: the implementation is not to be had.
     """
-    if q.size(0) == 0:
-        return v * (q.sum() * k.sum())
-    chunks = _pack(q, k, v, offsets, chunk_size)
-    if not causal:
-        totals = torch.zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)], dtype=q.dtype, device=q.device)
-        index = sequence_index(chunks.offsets, chunks.states.size(0))
-        totals = totals.index_add(0, index, chunks.states)
-        return _unpack(torch.matmul(chunks.q, totals.index_select(0, index)), chunks.slots)
-    out = _within(chunks)
-    if chunks.states.size(0) > lengths_from_offsets(offsets).count_nonzero():  # a sequence has a second chunk
-        out = out + torch.matmul(chunks.q, sums_before(chunks.states, chunks.offsets, None))
-    return _unpack(out, chunks.slots)
+    return _from_state(q, k, v, offsets, None, causal, chunk_size, implementation)[0]
 
 
 def continue_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, initial: Tensor | None = None, chunk_size: int = 16
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    initial: Tensor | None = None,
+    chunk_size: int = 16,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend causally (see `linear_attention`) from a state, and give the state that goes on from there.
 
@@ -68,82 +80,159 @@ def continue_attention(
         v: values, ``[T, H, e]``.
         offsets: int64 ``[B + 1]``.
         initial: Σ k vᵀ over what came before each sequence, ``[B, H, d, e]``; zeros when absent.
-        chunk_size: items handled by one masked matmul; changes speed and rounding only.
+        chunk_size: see `linear_attention`.
+        implementation: see `linear_attention`.
 
     Returns:
         ``[T, H, e]``, and Σ k vᵀ after each sequence's last item, ``[B, H, d, e]`` (an empty sequence gives back its
         initial state).
     """
+    return _from_state(q, k, v, offsets, initial, True, chunk_size, implementation)
+
+
+def _from_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    initial: Tensor | None,
+    causal: bool,
+    chunk_size: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
     if initial is None:
-        initial = torch.zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)], dtype=q.dtype, device=q.device)
-    if q.size(0) == 0:
-        return v * (q.sum() * k.sum()), initial
-    chunks = _pack(q, k, v, offsets, chunk_size)
-    before = sums_before(chunks.states, chunks.offsets, initial)
-    out = _within(chunks) + torch.matmul(chunks.q, before)
-    filled = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
-    ends = chunks.offsets[1:][filled] - 1
-    last = initial.index_copy(0, filled, gather_rows(before, ends) + gather_rows(chunks.states, ends))
-    return _unpack(out, chunks.slots), last
+        initial = q.new_zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)])
+    if torch.jit.is_scripting():
+        return _attend(q, k, v, initial, offsets, causal, chunk_size)
+    q, k, v, initial = q.contiguous(), k.contiguous(), v.contiguous(), initial.contiguous()
+    return _forward(q, k, v, initial, offsets, causal, chunk_size, implementation)
 
 
-class _Chunks(NamedTuple):
-    """A ragged batch cut into chunks; slots past a sequence's end hold zeros."""
-
-    q: Tensor
-    """``[M, H, C, d]``."""
-    k: Tensor
-    """``[M, H, C, d]``."""
-    v: Tensor
-    """``[M, H, C, e]``."""
-    states: Tensor
-    """Σ k vᵀ of each chunk alone, ``[M, H, d, e]``."""
-    offsets: Tensor
-    """Where each sequence's chunks start, int64 ``[B + 1]``."""
-    slots: Tensor
-    """Place of each item among ``M * C``, int64 ``[T]``."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, initial: Tensor, offsets: Tensor, causal: bool, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Forward pass, see `continue_attention`."""
+    num_heads = q.size(1)
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
+    q = to_chunks(q, layout, chunk_size, padded=False)
+    k, v = to_chunks(k, layout, chunk_size, padded=False), to_chunks(v, layout, chunk_size, padded=True)
+    out, last = attend_in_chunks(q, k, v, initial, layout, causal)
+    return from_chunks(out, layout, num_heads), last
 
 
-def _pack(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, chunk_size: int) -> _Chunks:
-    """Let every sequence start a chunk of its own."""
-    num_items, num_heads, width = q.shape
-    chunk_offsets = offsets_from_lengths((lengths_from_offsets(offsets) + (chunk_size - 1)) // chunk_size)
-    num_chunks = int(chunk_offsets[-1].item())
-    index = sequence_index(offsets, num_items)
-    slots = torch.arange(num_items, device=q.device) - offsets[:-1][index] + chunk_offsets[:-1][index] * chunk_size
-    packed = scatter_rows(torch.cat([q, k, v], dim=2), slots, num_chunks * chunk_size)
-    packed = packed.view(num_chunks, chunk_size, num_heads, packed.size(2)).transpose(1, 2).contiguous()
-    q, k, v = packed.split([width, width, v.size(2)], dim=3)
-    return _Chunks(q, k, v, torch.matmul(k.transpose(2, 3), v), chunk_offsets, slots)
+def attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, initial: Tensor, layout: ChunkLayout, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attend from a state, all in chunks: ``q, k [M*H, C, d]``, ``v [M*H, C, e]`` with zeros as padding."""
+    sums = torch.bmm(k.transpose(1, 2), v).view([layout.owners.numel(), initial.size(1), initial.size(2), initial.size(3)])
+    before = sums_before(sums, initial, layout)
+    last = total_sums(sums, before, initial, layout)
+    if not causal:
+        return torch.bmm(q, last.index_select(0, layout.owners).view([q.size(0), q.size(2), v.size(2)])), last
+    scores = torch.bmm(q, k.transpose(1, 2)).tril_()
+    return torch.bmm(scores, v).baddbmm_(q, before.view([q.size(0), q.size(2), v.size(2)])), last
 
 
-def _unpack(out: Tensor, slots: Tensor) -> Tensor:
-    """Bring ``[M, H, C, e]`` back to the items, ``[T, H, e]``."""
-    return gather_rows(out.transpose(1, 2).reshape(out.size(0) * out.size(2), out.size(1), out.size(3)), slots)
+def attend_backward(
+    grad_out: Tensor,
+    grad_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor,
+    layout: ChunkLayout,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the gradients of `attend_in_chunks`; ``grad_out`` has zeros as padding too.
 
+    With A = q kᵀ of a chunk, masked, S its state and R the gradient of the state after it, Σ q gᵀ of all later items::
 
-def _within(chunks: _Chunks) -> Tensor:
-    """Attend causally inside each chunk: ``[M, H, C, e]``."""
-    return torch.matmul(torch.matmul(chunks.q, chunks.k.transpose(2, 3)).tril(), chunks.v)
+        ∂q = (g vᵀ)ₘ k + g Sᵀ        ∂k = (g vᵀ)ₘᵀ q + v Rᵀ        ∂v = Aᵀ g + k R
 
-
-def sums_before(states: Tensor, chunk_offsets: Tensor, initial: Tensor | None) -> Tensor:
-    """Sum the states of a sequence's earlier chunks and its initial one, for every chunk: ``[M, H, d, e]``.
-
-    A loop over chunk numbers, vectorised over the sequences that have that many; a cumulative sum over the whole batch
-    would be one call, but would mix the rounding of one sequence into the next.
+    Not causal, the chunk's part in S and R is that of the whole sequence, and the masked terms are not there.
     """
-    layout = time_major(chunk_offsets, states.size(0))
-    ordered = gather_rows(states, layout.rows)
-    if initial is None:
-        running = torch.zeros_like(ordered[: layout.alive[0]])
-    else:
-        running = gather_rows(initial, layout.ranking[: layout.alive[0]])
-    sums = [running]
-    start = 0
-    for step in range(1, len(layout.alive)):
-        n = layout.alive[step]
-        running = running[:n] + ordered[start : start + n]
-        sums.append(running)
-        start += layout.alive[step - 1]
-    return gather_rows(torch.cat(sums), layout.places)
+    shape = [layout.owners.numel(), *initial.shape[1:]]
+    flat = [q.size(0), q.size(2), v.size(2)]
+    sums = torch.bmm(k.transpose(1, 2), v).view(shape)
+    state = sums_before(sums, initial, layout)
+    grad_sums = torch.bmm(q.transpose(1, 2), grad_out).view(shape)
+    after = sums_after(grad_sums, grad_last, layout)
+    first = layout.alive[0] if len(layout.alive) > 0 else 0
+    grad_initial = grad_last.index_copy(0, layout.owners[:first], after[:first] + grad_sums[:first])
+    if not causal:
+        state = total_sums(sums, state, initial, layout).index_select(0, layout.owners).view(flat)
+        after = grad_initial.index_select(0, layout.owners).view(flat)
+        grad_q, grad_k = torch.bmm(grad_out, state.transpose(1, 2)), torch.bmm(v, after.transpose(1, 2))
+        return grad_q, grad_k, torch.bmm(k, after), grad_initial
+    state, after = state.view(flat), after.view(flat)
+    scores, grad_scores = torch.bmm(q, k.transpose(1, 2)).tril_(), torch.bmm(grad_out, v.transpose(1, 2)).tril_()
+    grad_q = torch.bmm(grad_scores, k).baddbmm_(grad_out, state.transpose(1, 2))
+    grad_k = torch.bmm(grad_scores.transpose(1, 2), q).baddbmm_(v, after.transpose(1, 2))
+    grad_v = torch.bmm(scores.transpose(1, 2), grad_out).baddbmm_(k, after)
+    return grad_q, grad_k, grad_v, grad_initial
+
+
+@torch.library.custom_op("glintru_rec::attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    causal: bool,
+    chunk_size: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels("attention", implementation, q, v)
+    if kernels is not None:
+        return kernels.forward(q, k, v, initial, offsets, causal)
+    return _attend(q, k, v, initial, offsets, causal, chunk_size)
+
+
+@torch.library.custom_op("glintru_rec::attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_last: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    causal: bool,
+    chunk_size: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = triton_kernels("attention", implementation, q, v)
+    if kernels is not None:
+        return kernels.backward(grad_out, grad_last, q, k, v, initial, offsets, causal)
+    num_heads = q.size(1)
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
+    grad_out, v = (to_chunks(x, layout, chunk_size, padded=True) for x in (grad_out, v))
+    q, k = (to_chunks(x, layout, chunk_size, padded=False) for x in (q, k))
+    *grads, grad_initial = attend_backward(grad_out, grad_last, q, k, v, initial, layout, causal)
+    grad_q, grad_k, grad_v = (from_chunks(grad, layout, num_heads) for grad in grads)
+    return grad_q, grad_k, grad_v, grad_initial
+
+
+@_forward.register_fake
+def _(q, k, v, initial, offsets, causal, chunk_size, implementation):
+    return torch.empty_like(v), torch.empty_like(initial)
+
+
+@_backward.register_fake
+def _(grad_out, grad_last, q, k, v, initial, offsets, causal, chunk_size, implementation):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(initial)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.causal, ctx.chunk_size, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad_out: Tensor, grad_last: Tensor):
+    options = (ctx.causal, ctx.chunk_size, ctx.implementation)
+    grads = _backward(grad_out.contiguous(), grad_last.contiguous(), *ctx.saved_tensors, *options)
+    return (*grads, None, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)

@@ -7,6 +7,7 @@ ranking and a recurrence runs over plain slices, with no padding and no mask::
                                            alive       3          2       1
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,23 @@ class TimeMajor(NamedTuple):
 
 
 def time_major(offsets: Tensor, num_items: int) -> TimeMajor:
-    """Rank the sequences of a ragged batch and lay its items out by time step."""
+    """Rank the sequences of a ragged batch and lay its items out by time step.
+
+    Outside TorchScript the latest layouts are kept: every block of an encoder asks for the same one, forward and backward.
+    They are not to be changed.
+    """
+    if torch.jit.is_scripting():
+        return _time_major(offsets, num_items)
+    return _kept(tuple(offsets.tolist()), offsets.device)
+
+
+@lru_cache(maxsize=4)
+def _kept(offsets: tuple[int, ...], device: torch.device) -> TimeMajor:
+    """The layout, by the values of the offsets."""
+    return _time_major(torch.tensor(offsets, device=device), offsets[-1])
+
+
+def _time_major(offsets: Tensor, num_items: int) -> TimeMajor:
     lengths = lengths_from_offsets(offsets)
     ranking = torch.sort(lengths, descending=True, stable=True)[1]
     num_steps = 0

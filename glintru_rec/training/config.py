@@ -186,6 +186,8 @@ class TrainerConfig:
             the same parameters and the dataset the same vocabulary; optimizers start anew.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
+            needs a C++ compiler; the first step of a process then takes a minute or so. Validation runs uncompiled.
     """
 
     max_epochs: int = 20
@@ -205,6 +207,7 @@ class TrainerConfig:
     init_from: str = ""
     resume: bool = False
     device: str = "auto"
+    compile: bool = False
 
     def __post_init__(self):
         counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "log_every_steps")

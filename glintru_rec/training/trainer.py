@@ -68,6 +68,10 @@ class Trainer:
         )
         self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
+        self.sampled_softmax = sampled_softmax
+        if config.trainer.compile:  # in place: the names of the parameters stay as they are
+            self.model.module.encoder.compile(fullgraph=True, dynamic=True)
+            self.sampled_softmax = torch.compile(sampled_softmax, fullgraph=True, dynamic=True)
         items, offsets = dataset.train_sequences()
         self.batches = TrainingBatches(
             items,
@@ -240,7 +244,7 @@ class Trainer:
         drawn = self.negatives.draw(target_ids.cpu())
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
         output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
-        return sampled_softmax(
+        return self.sampled_softmax(
             output.query,
             output.positive,
             output.negatives,
@@ -263,7 +267,9 @@ class Trainer:
             self._stop_if_asked()
 
         seconds = time.monotonic()
-        with self.average.in_place() if self.average else nullcontext():
+        # Validation would be compiled anew, without gradients: longer than it takes.
+        uncompiled = torch.compiler.set_stance("force_eager") if self.config.trainer.compile else nullcontext()
+        with self.average.in_place() if self.average else nullcontext(), uncompiled:
             metrics = evaluate(
                 self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
             )
