@@ -143,3 +143,56 @@ def test_empty_batches_start_no_kernel():
     assert not grad_kernel.any()
     assert not grad_bias.any()
     assert triton_softmax.forward(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+
+
+DISPATCHED = """
+import torch
+from glintru_rec.losses import full_softmax
+from glintru_rec.ops import triton_attention, triton_gru, triton_scan, triton_softmax
+from glintru_rec.ops.diagonal_scan import diagonal_scan
+from glintru_rec.ops.gru import ragged_gru
+from glintru_rec.ops.linear_attention import continue_attention, linear_attention
+from glintru_rec.ops.normalized_attention import normalized_attention
+
+triton_scan.STEPS = triton_scan.FEATURES = 8
+launched = []
+for kernels in (triton_attention, triton_gru, triton_scan, triton_softmax):
+    for name in ("forward", "backward"):
+        def counted(*arguments, function=getattr(kernels, name), name=name):
+            launched.append(name)
+            return function(*arguments)
+        setattr(kernels, name, counted)
+
+offsets, draw = torch.tensor([0, 3, 3, 40]), torch.randn
+ops = [
+    (lambda *x, **how: ragged_gru(*x[:2], offsets, x[2], **how), draw(40, 24), draw(24, 8) / 3, draw(3, 8)),
+    (lambda *x, **how: diagonal_scan(*x[:2], offsets, x[2], **how), draw(40, 2, 5), draw(2, 5) / 3, draw(3, 2, 5)),
+    (lambda *x, **how: continue_attention(*x[:3], offsets, x[3], **how), *draw(3, 40, 2, 4), draw(3, 2, 4, 4)),
+]
+ops.append((lambda *x, **how: full_softmax(*x, 0.5, **how), draw(7, 8), draw(7, 8), draw(70, 8)))
+for causal in (True, False):
+    ops.append((lambda *x, causal=causal, **how: linear_attention(*x, offsets, causal, **how), *draw(3, 40, 2, 4)))
+    inputs = [*draw(2, 40, 2, 4).abs(), *draw(3, 40, 2, 4)]
+    ops.append((lambda *x, causal=causal, **how: normalized_attention(*x, offsets, causal, 1e-6, **how), *inputs))
+for op, *inputs in ops:
+    found = {}
+    for implementation in ("auto", "torch", "triton"):
+        launched.clear()
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        results = op(*leaves, implementation=implementation)
+        results = results if isinstance(results, tuple) else (results,)
+        gradients = torch.autograd.grad(sum((y * (y.detach() + 1)).sum() for y in results), leaves)
+        assert set(launched) == ({"forward", "backward"} if implementation == "triton" else set()), (implementation, launched)
+        found[implementation] = [*results, *gradients]
+    for x, y in zip(found["torch"], found["triton"]):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+"""
+
+
+def test_operators_run_their_kernels():
+    """``triton`` runs them, forward and backward, in the registered operators; ``auto`` and ``torch`` do not on a CPU."""
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    env["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-c", DISPATCHED]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -236,9 +236,11 @@ def ml1m(data: str) -> None:
     else:
         sequences, num_items = random_sequences(6040, 3416, 165), 3416
         print(f"a random log of MovieLens-1M's shape: {sequences[0].size:,} events")
-    for model in ("glint_ru", "rec_grela", "lru_rec"):
-        with training(sequences, num_items, [f"model={model}", "trainer.batch_targets=16384"]) as run:
-            run.show(model)
+    runs = [("glint_ru", "false"), ("rec_grela", "false"), ("lru_rec", "false"), ("glint_ru", "true"), ("rec_grela", "true")]
+    for model, compiled in runs:
+        overrides = [f"model={model}", "trainer.batch_targets=16384", f"trainer.compile={compiled}"]
+        with training(sequences, num_items, overrides) as run:
+            run.show(f"{model}{', compiled' if compiled == 'true' else ''}")
 
 
 def catalog(name: str) -> None:
@@ -326,7 +328,7 @@ PARTS = {
     "parity": Part(parity, 40, 180),
     "gru": Part(gru, 20, 60),
     "ops": Part(ops, 20, 60),
-    "ml1m": Part(ml1m, 30, 90),
+    "ml1m": Part(ml1m, 30, 240),
     "catalog": Part(lambda _: catalog("catalog"), 20, 60),
     "billion": Part(lambda _: catalog("billion"), 25, 60),
     "wide": Part(lambda _: catalog("wide"), 30, 90),

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glintru_rec.ops.implementation import triton_kernels
+
 # Logits held at one time by the exact softmax: ROWS x COLUMNS floats, whatever T and V are. So small a block is read again
 # while a CPU's cache still holds it.
 ROWS, COLUMNS = 256, 1024
@@ -76,6 +78,7 @@ def full_softmax(
     temperature: float = 1.0,
     precision: str = "fp32",
     group: dist.ProcessGroup | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Softmax cross-entropy over the whole catalog, block by block: the ``[T, V]`` logits never exist at once.
 
@@ -96,19 +99,23 @@ def full_softmax(
             fp32, on CPUs that can (AMX, AVX512_BF16); the aim's score and all else stay fp32.
         group: ranks that share the catalog, all of which call this and its backward pass at the same point of their
             programs; None: this rank alone.
+        implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`).
 
     Returns:
         One loss per target of this rank, ``[T]``.
+
+    Raises:
+        InputError: the implementation is not to be had.
     """
     query = query / temperature
     if group is None or group.size() == 1:
-        log_sum = _LogSumExp.apply(query, items, precision, items.size(0) <= COLUMNS_AT_ONCE)
+        log_sum = _LogSumExp.apply(query, items, precision, items.size(0) <= COLUMNS_AT_ONCE, implementation)
     else:
-        log_sum = _log_sum_exp_across(query, items, precision, group)
+        log_sum = _log_sum_exp_across(query, items, precision, group, implementation)
     return log_sum - (query * aim).sum(1)
 
 
-def _log_sum_exp_across(query: Tensor, items: Tensor, precision: str, group: dist.ProcessGroup) -> Tensor:
+def _log_sum_exp_across(query: Tensor, items: Tensor, precision: str, group: dist.ProcessGroup, implementation: str) -> Tensor:
     """Compute log Σ_v exp(q_t · e_v) of this rank's queries over the items of all ranks: ``[T]``.
 
     The queries of all ranks visit this rank's items; each rank then gets back, from every rank, a sum for its own queries.
@@ -119,7 +126,7 @@ def _log_sum_exp_across(query: Tensor, items: Tensor, precision: str, group: dis
     everyone, mine = [int(size) for size in sizes], [num_own] * num_ranks
     queries = _AllToAll.apply(query.repeat(num_ranks, 1), mine, everyone, group)  # [G, D]
     # What a part weighs in the whole is known only at the end, and differs from target to target: no gradients at once.
-    parts = _AllToAll.apply(_LogSumExp.apply(queries, items, precision, False), everyone, mine, group)
+    parts = _AllToAll.apply(_LogSumExp.apply(queries, items, precision, False, implementation), everyone, mine, group)
     return parts.view(num_ranks, num_own).logsumexp(0)
 
 
@@ -147,11 +154,17 @@ class _LogSumExp(torch.autograd.Function):
 
     ``at_once``, where a row of logits fits into one block: both sums are taken while the block is there, as for losses that
     weigh the same; that is a matmul and an exponential fewer. Otherwise, and where losses turn out to weigh differently, the
-    logits are computed again in the backward pass.
+    logits are computed again in the backward pass, as Triton kernels always do.
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, items: Tensor, precision: str, at_once: bool):
+    def forward(ctx, query: Tensor, items: Tensor, precision: str, at_once: bool, implementation: str):
+        ctx.kernels = triton_kernels("softmax", implementation, query)
+        if ctx.kernels is not None:
+            query, items = query.contiguous(), items.contiguous()
+            log_sum = ctx.kernels.forward(query, items)
+            ctx.save_for_backward(query, items, log_sum)
+            return log_sum
         at_once = at_once and any(ctx.needs_input_grad)
         log_sum = query.new_full((query.size(0),), -torch.inf)
         expected_item = torch.empty_like(query) if at_once else query[:0]  # Σ_v p_tv e_v
@@ -172,17 +185,19 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
+        if ctx.kernels is not None:
+            return *ctx.kernels.backward(grads[0].contiguous(), *ctx.saved_tensors), None, None, None
         query, items, log_sum, expected_item, expected_query = ctx.saved_tensors
         weight = grads[0].unsqueeze(1)
         if ctx.at_once and bool((weight == weight[:1]).all()):
-            return expected_item * weight, expected_query * weight[:1].sum(), None, None
+            return expected_item * weight, expected_query * weight[:1].sum(), None, None, None
         grad_query, grad_items, weighted = torch.zeros_like(query), torch.zeros_like(items), query * weight
         with _cpu_matmuls(ctx.precision):
             for rows, columns, logits in _blocks(query, items, ROWS, COLUMNS):
                 softmax = logits.sub_(log_sum[rows].unsqueeze(1)).exp_()
                 grad_query[rows].addmm_(softmax, items[columns])
                 grad_items[columns].addmm_(softmax.t(), weighted[rows])
-        return grad_query.mul_(weight), grad_items, None, None
+        return grad_query.mul_(weight), grad_items, None, None, None
 
 
 def _blocks(query: Tensor, items: Tensor, most_rows: int, most_columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
