@@ -24,7 +24,7 @@ from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.rank_meter import describe_lag
 from glintru_rec.training.run_log import RunLog
-from glintru_rec.training.trainer import Trainer
+from glintru_rec.training.trainer import Stopped, Trainer
 from tests.conftest import REPOSITORY, SMALL, environment, run_program
 
 programs = pytest.mark.programs
@@ -80,6 +80,33 @@ def test_a_checkpoint_holds_the_weights_of_its_step(dataset_dir, tmp_path, overr
         assert all(torch.equal(part, expected[name]) for name, part in model.state_dict().items())
         trainer.resume()  # and what training goes on with
         assert all(torch.equal(part, trained[name]) for name, part in whole().items())
+
+
+def test_a_signal_during_validation_saves_what_training_goes_on_with(dataset_dir, tmp_path):
+    """Validation has the average in the model's place; it is done first thing when the run goes on."""
+    overrides = [*AVERAGED, "trainer.max_epochs=1"]
+    with trainer_of(dataset_dir, tmp_path / "run", *overrides) as trainer:
+        swap = trainer.average.swap
+
+        def swap_and_signal() -> None:
+            trainer.average.swap = swap
+            swap()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer.average.swap = swap_and_signal
+        with pytest.raises(Stopped):
+            trainer.fit()
+        assert not records(tmp_path / "run", "valid")
+        trained = [weight.clone() for weight in trainer.average.parameters]
+        average = [weight.clone() for weight in trainer.average.average]
+        assert not torch.equal(trained[0], average[0])
+        trainer.resume()
+        assert all(map(torch.equal, trainer.average.parameters, trained))
+        assert all(map(torch.equal, trainer.average.average, average))
+        step = trainer.state.step
+        trainer.fit()
+        assert [record["step"] for record in records(tmp_path / "run", "valid")] == [step]
+        assert trainer.state.step == step
 
 
 def test_the_newest_and_the_best_are_kept(dataset_dir, tmp_path):

@@ -145,7 +145,10 @@ class Trainer:
         total = state.step + ahead
         self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
         with StopSignals() as self.signals:
-            self._fit()
+            try:
+                self._fit()
+            except Stopped as stopped:  # saved only here: validation, for one, has given the weights back by now
+                raise Stopped(f"{stopped}; last checkpoint: {self._save_at_once()}") from None
         if self.rank == 0 and self._stalled():
             print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
         self._wait_for_checkpoint()
@@ -158,18 +161,25 @@ class Trainer:
         return self.state
 
     def _fit(self) -> None:
-        trainer = self.config.trainer
-        while not self._is_over():
+        while True:
+            if self._is_validation_due():
+                self.validate()
+                self.save()
+            if self._is_over():
+                break
             self.train_epoch()
             if self._out_of_steps():
                 break
             self.state.epoch, self.state.batches_in_epoch = self.state.epoch + 1, 0
-            if self.state.epoch % trainer.validate_every_epochs == 0 and self.state.validated_step != self.state.step:
-                self.validate()
-                self.save()
         if self.state.validated_step != self.state.step:
             self.validate()
             self.save()
+
+    def _is_validation_due(self) -> bool:
+        """Whether an epoch has ended that validation follows on, here or, where a signal came between, before the run went on."""
+        state = self.state
+        at_its_end = 0 < state.step != state.validated_step and state.batches_in_epoch == 0
+        return at_its_end and state.epoch % self.config.trainer.validate_every_epochs == 0
 
     def _summary(self) -> dict:
         """Say how the run went, all its parts together."""
@@ -308,18 +318,21 @@ class Trainer:
                 self.log.write("checkpoint", save.state.step, save.state.epoch, failed=int(bool(save.error)), **seconds)
 
     def _stop_if_asked(self) -> None:
-        """Save and stop, all ranks together, once one of them has got a signal.
+        """Stop, all ranks together, once one of them has got a signal.
 
         Raises:
             Stopped: there was one.
         """
         if self.signals.any_rank_received():
-            self.save()
-            self._wait_for_checkpoint()
-            if self.log is not None:
-                self.log.close()
-            good = list_checkpoints(self.run_dir)
-            raise Stopped(f"stopped by a signal at step {self.state.step}; last checkpoint: {good[-1] if good else 'none'}")
+            raise Stopped(f"stopped by a signal at step {self.state.step}")
+
+    def _save_at_once(self) -> Path | None:
+        """Save where a signal stopped the run; give the checkpoint there is to go on from."""
+        self.save()
+        self._wait_for_checkpoint()
+        if self.log is not None:
+            self.log.close()
+        return next(reversed(list_checkpoints(self.run_dir)), None)
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
