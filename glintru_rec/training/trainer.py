@@ -176,7 +176,7 @@ class Trainer:
             self.save()
 
     def _is_validation_due(self) -> bool:
-        """Whether an epoch has ended that validation follows on, here or, where a signal came between, before the run went on."""
+        """Whether validation follows on the epoch that has ended, now or before a signal came between."""
         state = self.state
         at_its_end = 0 < state.step != state.validated_step and state.batches_in_epoch == 0
         return at_its_end and state.epoch % self.config.trainer.validate_every_epochs == 0
