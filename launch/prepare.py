@@ -9,7 +9,8 @@ def py(*overrides: str) -> specs.AppDef:
     Reads parquet, csv, RecBole .inter and MovieLens ratings.dat, recognised by content.
 
     Args:
-        overrides: input=FILE|GLOB output=DIR [min_user_events=5] [min_item_events=5] and other hydra overrides
+        overrides: input=FILE|GLOB output=DIR [min_user_events=5] [min_item_events=5] and other hydra overrides; or
+            task=ranking events=FILE [users=FILE] [items=FILE] features=NAME output=DIR for a ranking model's dataset
     """
     from glintru_rec.programs.launcher import app
 
@@ -17,7 +18,15 @@ def py(*overrides: str) -> specs.AppDef:
 
 
 if __name__ == "__main__":
-    from glintru_rec.programs.launcher import run
+    import sys
+
+    from glintru_rec.programs.launcher import run, task_of
+
+    if task_of(sys.argv[1:]) == "ranking":
+        from glintru_rec.programs.prepare_ranking import PrepareRankingConfig, prepare_ranking_program
+
+        run("prepare", PrepareRankingConfig, prepare_ranking_program, task="ranking")
+
     from glintru_rec.programs.prepare import PrepareConfig, prepare_program
 
     run("prepare", PrepareConfig, prepare_program)

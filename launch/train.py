@@ -22,7 +22,8 @@ def py(
     Args:
         overrides: data.path=DIR output=RUN_DIR [model=glint_ru|glint_ru_light|rec_grela|lru_rec|sasrec]
             [loss=sampled_softmax|full_softmax] [table=row_wise|table_wise|column_wise|auto|replicated] [experiment=NAME]
-            [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides
+            [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides; task=ranking trains a ranking model
+            (data.path=DIR output=RUN_DIR [tower.encoder=none|mean|glint_ru|...] [tower.init_from=RUN_DIR])
         nproc: processes (ranks) on each machine
         max_restarts: times that all ranks are restarted, from the last checkpoint, after a failure
         nnodes: machines; all of them must see data.path and output
@@ -43,7 +44,15 @@ def py(
 
 
 if __name__ == "__main__":
-    from glintru_rec.programs.launcher import run
+    import sys
+
+    from glintru_rec.programs.launcher import run, task_of
+
+    if task_of(sys.argv[1:]) == "ranking":
+        from glintru_rec.programs.train_ranking import RankingConfig, train_ranking
+
+        run("train", RankingConfig, train_ranking, task="ranking")
+
     from glintru_rec.programs.train import TrainConfig, train
 
     run("train", TrainConfig, train)

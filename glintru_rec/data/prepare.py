@@ -42,6 +42,7 @@ class PrepareConfig:
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
+        task: ``retrieval``; with ``ranking``, the keys are other ones (``task=ranking --help``).
     """
 
     input: str
@@ -53,6 +54,7 @@ class PrepareConfig:
     time_column: str = "timestamp"
     threads: int = 0
     memory_limit: str = ""
+    task: str = "retrieval"
 
     def __post_init__(self) -> None:
         for name in ("input", "output", "user_column", "item_column", "time_column"):

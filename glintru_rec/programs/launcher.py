@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from glintru_rec.config import compose, describe_defaults, to_yaml
+from glintru_rec.config import CONFIG_DIR, compose, describe_defaults, to_yaml
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_text
 
@@ -15,6 +15,7 @@ Schema = TypeVar("Schema")
 USER_ERROR = 2
 # Where the ranks of several machines meet, on the first of them: torchelastic's own choice.
 RENDEZVOUS_PORT = 29500
+TASKS = ("retrieval", "ranking")
 
 
 def app(
@@ -78,34 +79,58 @@ def app(
     return specs.AppDef(name=program, roles=[role])
 
 
-def run(program: str, schema: type[Schema], main: Callable[[Schema], int | None]) -> NoReturn:
+def task_of(arguments: Sequence[str]) -> str:
+    """Find out which task a command line is of: ``task=`` says so, or the experiment's file, otherwise ``retrieval``."""
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    experiment = CONFIG_DIR / "experiment" / f"{given.get('experiment')}.yaml"
+    if "task" not in given and experiment.is_file():
+        given |= dict(line.split(": ", 1) for line in experiment.read_text().splitlines() if line.startswith("task: "))
+    task = given.get("task", "retrieval")
+    if task not in TASKS:
+        exit_with(InputError(f"task is {task!r}; it must be one of {', '.join(TASKS)}"))
+    return task
+
+
+def exit_with(error: InputError) -> NoReturn:
+    """Say what the user can mend, and exit."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR)
+
+
+def run(program: str, schema: type[Schema], main: Callable[[Schema], int | None], task: str = "retrieval") -> NoReturn:
     """Compose the config from the command line, run ``main`` with it, and exit.
+
+    ``configs/<program>.yaml`` is the config of retrieval, ``configs/<program>_<task>.yaml`` that of another task.
 
     Exit status: what ``main`` gives, None being 0; 2 after one clear message for what the user can mend; 1 and a traceback
     for a defect.
     """
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(program, schema))
+        print(help_text(program, schema, task))
         sys.exit(0)
     try:
-        status = main(compose(program, schema, arguments))
+        status = main(compose(_config_of(program, task), schema, arguments))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+        exit_with(error)
     sys.exit(status)
 
 
-def help_text(program: str, schema: type[Any]) -> str:
+def _config_of(program: str, task: str) -> str:
+    return program if task == "retrieval" else f"{program}_{task}"
+
+
+def help_text(program: str, schema: type[Any], task: str = "retrieval") -> str:
     """Say what a program takes: its keys, what they mean, their defaults."""
-    parts = [f"usage: torchx run launch/{program}.py [key=value ...]     (before the keys, the flags of its --help)\n"]
+    chosen = "" if task == "retrieval" else f" task={task}"
+    parts = [f"usage: torchx run launch/{program}.py{chosen} [key=value ...]     (before the keys, the flags of its --help)\n"]
     pending: list[tuple[str, type[Any]]] = [("", schema)]
     for prefix, config in pending:
         parts.append(f"{prefix or 'top level'}: {inspect.cleandoc(config.__doc__ or '')}\n")
         for name, kind in inspect.get_annotations(config).items():
             if inspect.isclass(kind) and hasattr(kind, "__dataclass_fields__"):
                 pending.append((f"{prefix}{name}.", kind))
-    return "\n".join([*parts, "defaults:\n", describe_defaults(program, schema)])
+    return "\n".join([*parts, "defaults:\n", describe_defaults(_config_of(program, task), schema)])
 
 
 def write_config(config: Any, path: Any) -> None:

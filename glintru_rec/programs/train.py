@@ -1,6 +1,7 @@
 """The program train."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,17 +28,19 @@ def train(config: TrainConfig) -> int:
     A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
     """
     run_dir = Path(config.output)
-    resume = config.trainer.resume or _restarted(run_dir)
+    resume = config.trainer.resume or restarted(run_dir)
     dataset = SequenceDataset.open(config.data.path)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
-        _check_free(run_dir, resume)
+        check_free(run_dir, resume)
         trainer = Trainer(config, dataset, device)
         if resume:
             trainer.resume()
         # Written only now: what trainer or checkpoint refuse leaves no trace.
         if dist.get_rank() == 0:
             plan = describe_plan(trainer.model, config.table)
-            _start(run_dir, config, dataset)
+            start(run_dir, config)
+            (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
+            dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean
             write_json(run_dir / "plan.json", plan)
             print_plan(plan)
         dist.barrier()
@@ -52,13 +55,13 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _restarted(run_dir: Path) -> bool:
+def restarted(run_dir: Path) -> bool:
     """Whether torchelastic restarted this very launch, after it had made the run directory."""
     launch = run_dir / LAUNCH_FILE
     return restart_count() > 0 and launch.is_file() and launch.read_text() == launch_id()
 
 
-def _check_free(run_dir: Path, resume: bool) -> None:
+def check_free(run_dir: Path, resume: bool) -> None:
     """Refuse, on all ranks, a run directory that holds anything, unless the run in it goes on."""
     held = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else [run_dir.name] if run_dir.exists() else []
     # What a launch that was killed at its very start left is nothing: its mark, or files that never got their names.
@@ -72,7 +75,7 @@ def _check_free(run_dir: Path, resume: bool) -> None:
         raise InputError(f"output={run_dir} is not empty: choose another, or go on with the run in it by trainer.resume=true")
 
 
-def _start(run_dir: Path, config: TrainConfig, dataset: SequenceDataset) -> None:
+def start(run_dir: Path, config: Any) -> None:
     """Write what a run directory holds from the start."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,5 +84,3 @@ def _start(run_dir: Path, config: TrainConfig, dataset: SequenceDataset) -> None
     write_text(run_dir / LAUNCH_FILE, launch_id())
     write_config(config, run_dir / "config.yaml")
     write_json(run_dir / "versions.json", describe_versions())
-    (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
-    dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean

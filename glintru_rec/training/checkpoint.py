@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from glintru_rec.errors import InputError
-from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import materialize_state
 from glintru_rec.training.averaging import WeightAverage
 
@@ -80,7 +80,7 @@ def load_checkpoint(
         average.swap()
 
 
-def load_plain(checkpoint: Path, model: SequenceModel) -> None:
+def load_plain(checkpoint: Path, model: nn.Module) -> None:
     """Fill an unsharded model in this process alone, with no process group."""
     tensors = {"model": model.state_dict()}
     _load(tensors, checkpoint, no_dist=True)

@@ -228,9 +228,11 @@ class TrainConfig:
 
     Attributes:
         output: the run directory.
+        task: ``retrieval``; with ``ranking``, the keys are other ones (``task=ranking --help``).
     """
 
     output: str = MISSING
+    task: str = "retrieval"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     table: TableConfig = field(default_factory=TableConfig)
@@ -239,6 +241,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self):
+        one_of("task", self.task, ("retrieval",))
         if self.model.options.get("causal", True) and self.trainer.batch_targets < self.data.max_seq_len:
             raise InputError(
                 f"trainer.batch_targets is {self.trainer.batch_targets}, less than data.max_seq_len "

@@ -1,0 +1,37 @@
+"""The program train, with ``task=ranking``."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from glintru_rec.files import write_json
+from glintru_rec.programs.train import check_free, restarted, start
+from glintru_rec.ranking.config import RankingConfig
+from glintru_rec.ranking.dataset import RankingDataset
+from glintru_rec.ranking.trainer import RankingTrainer
+from glintru_rec.training.processes import process_group
+
+__all__ = ["RankingConfig", "train_ranking"]
+
+
+def train_ranking(config: RankingConfig) -> None:
+    """Train a ranking model into the run directory ``config.output``; at the end, measure its best weights on the test."""
+    run_dir = Path(config.output)
+    resume = config.trainer.resume or restarted(run_dir)
+    dataset = RankingDataset.open(config.data.path)
+    with process_group(config.trainer.device) as device:
+        check_free(run_dir, resume)
+        trainer = RankingTrainer(config, dataset, device)
+        if resume:
+            trainer.resume()
+        if dist.get_rank() == 0:
+            start(run_dir, config)
+        dist.barrier()
+        state = trainer.fit()
+        figures = {split: trainer.evaluate(split) for split in ("valid", "test")}
+        if dist.get_rank() == 0:
+            best_epoch = state.best_step // trainer.batches.num_steps
+            write_json(run_dir / "finished.json", {"steps": state.step, "best_epoch": best_epoch, **figures})
+            for split, metrics in figures.items():
+                print(split.ljust(6) + "  ".join(f"{name} {figure:.4f}" for name, figure in metrics.items()))
+            print(f"done: {state.step} steps; best at step {state.best_step}; {run_dir}")

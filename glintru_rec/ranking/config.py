@@ -1,0 +1,137 @@
+"""Everything that decides a ranking run: the schema of ``configs/train_ranking.yaml`` and of its run directories."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+from omegaconf import MISSING
+
+from glintru_rec.config import check, one_of
+from glintru_rec.encoders import ENCODERS
+from glintru_rec.errors import InputError
+from glintru_rec.ranking.model import RankingModelConfig
+from glintru_rec.ranking.tower import COMBINATIONS, OUTPUTS, TowerConfig
+from glintru_rec.tables.item_table import TableConfig
+
+
+@dataclass
+class RankingDataConfig:
+    """What is trained on.
+
+    Attributes:
+        path: a ranking dataset, made by ``launch/prepare.py task=ranking``.
+        max_seq_len: every example sees at least so many of its user's latest events, where there are so many.
+        block_examples: most examples of a user, one after the other, that share a pass of the encoder; 1 mixes best, more
+            costs less.
+        tasks: task → weight of its loss; empty: all tasks of the dataset, with weight 1.
+    """
+
+    path: str = MISSING
+    max_seq_len: int = 100
+    block_examples: int = 50
+    tasks: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in ("max_seq_len", "block_examples"):
+            check(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        for name, weight in self.tasks.items():
+            check(f"data.tasks.{name}", weight, 0 < weight < math.inf, "greater than 0 and finite")
+
+
+@dataclass
+class RankingOptimizerConfig:
+    """AdamW, for everything but sharded tables.
+
+    Attributes:
+        learning_rate: of the dense parameters.
+        weight_decay: of the dense parameters.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        check("optimizer.learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "greater than 0 and finite")
+        check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+
+
+@dataclass
+class RankingTrainerConfig:
+    """How long, how much at a time, and what is kept.
+
+    Attributes:
+        max_epochs: passes over the training examples.
+        batch_examples: examples in one rank's batch, about: blocks stay whole. An example weighs 1 / batch_examples.
+        seed: of weights, shuffling and dropout.
+        patience: validations without a better figure before training stops; 0: never. The figure is the AUC of the first
+            task, or minus its root mean squared error if it is a number.
+        keep_last: latest checkpoints kept, besides the best.
+        log_every_steps: steps between lines of ``metrics.jsonl``.
+        resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+    """
+
+    max_epochs: int = 20
+    batch_examples: int = 512
+    seed: int = 0
+    patience: int = 3
+    keep_last: int = 1
+    log_every_steps: int = 50
+    resume: bool = False
+    device: str = "auto"
+
+    def __post_init__(self):
+        for key in ("max_epochs", "batch_examples", "keep_last", "log_every_steps"):
+            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        for key in ("seed", "patience"):
+            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass
+class RankingConfig:
+    """A training of a ranking model.
+
+    Attributes:
+        output: the run directory.
+        task: ``ranking``.
+    """
+
+    output: str = MISSING
+    task: str = "ranking"
+    data: RankingDataConfig = field(default_factory=RankingDataConfig)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    model: RankingModelConfig = field(default_factory=RankingModelConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    optimizer: RankingOptimizerConfig = field(default_factory=RankingOptimizerConfig)
+    trainer: RankingTrainerConfig = field(default_factory=RankingTrainerConfig)
+
+    def __post_init__(self):
+        tower = self.tower
+        check("task", self.task, self.task == "ranking", "ranking here")
+        check("table.dtype", self.table.dtype, self.table.dtype == "fp32", "fp32 with task=ranking")
+        one_of("tower.encoder", tower.encoder, ("none", "mean", *ENCODERS))
+        one_of("tower.combine", tower.combine, COMBINATIONS)
+        one_of("tower.output", tower.output, OUTPUTS)
+        check("tower.width", tower.width, tower.width >= 4 and tower.width % 4 == 0, "a multiple of 4, at least 4")
+        check("tower.num_heads", tower.num_heads, tower.num_heads >= 1, "at least 1")
+        check("tower.learning_rate_scale", tower.learning_rate_scale, 0 < tower.learning_rate_scale < math.inf,
+              "greater than 0 and finite (tower.frozen=true keeps the encoder as it is)")  # fmt: skip
+        causal = tower.options.get("causal", True)
+        if not causal:
+            raise InputError("tower.options.causal is false: examples of a user share a pass, which must not see the future")
+        if tower.frozen and not tower.init_from:
+            raise InputError("tower.frozen=true needs tower.init_from: a random encoder that never learns is of no use")
+        if tower.init_from and (tower.encoder in ("none", "mean") or tower.combine != "sum"):
+            raise InputError(
+                f"tower.init_from needs an encoder and tower.combine=sum, so that the encoder reads what it was trained on; "
+                f"these are {tower.encoder} and {tower.combine}"
+            )
+
+    def model_fingerprint(self) -> str:
+        """Hash what a checkpoint's tensors depend on."""
+        tower = {key: value for key, value in asdict(self.tower).items()
+                 if key not in ("init_from", "frozen", "learning_rate_scale")}  # fmt: skip
+        described = {"model": asdict(self.model), "tower": tower, "tasks": list(self.data.tasks)}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
