@@ -9,7 +9,7 @@ may be any of DuckDB's functions, and look at what came before through the windo
 ``user_order``   the user's events up to this one, in order: for ``lag``
 ===============  ==========================================================================================
 
-such as ``avg(rating) OVER item_past``. Values and scales are learnt from the training period alone.
+such as ``avg(rating) OVER item_past``; ``event_time`` is the event's time as a whole number. Values and scales are learnt from the training period alone.
 """
 
 import json
@@ -31,9 +31,9 @@ from glintru_rec.files import check_free, folder_aside
 from glintru_rec.ranking.dataset import EVENTS_FILE, ITEM, LOG_FILE, MANIFEST_FILE, SCHEMA_VERSION, SPLITS
 
 _WINDOWS = """
-    user_past AS (PARTITION BY "__user" ORDER BY "__time" RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
-    item_past AS (PARTITION BY "__item" ORDER BY "__time" RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
-    user_order AS (PARTITION BY "__user" ORDER BY "__time", "__row")"""
+    user_past AS (PARTITION BY event_user ORDER BY event_time RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
+    item_past AS (PARTITION BY event_item ORDER BY event_time RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
+    user_order AS (PARTITION BY event_user ORDER BY event_time, event_row)"""
 _RECBOLE_TYPES = ("token", "float", "token_seq", "float_seq")
 
 
@@ -107,10 +107,10 @@ def prepare_ranking(config: PrepareRankingConfig) -> dict[str, Any]:
                 set_aside = _stage(db, config)
                 events = _compute(db, config)
                 log_file = str(folder / LOG_FILE).replace("'", "''")
-                db.execute(f"""COPY (SELECT "__user" AS user_id, "__item" AS item_id, "__time" AS timestamp FROM staged
-                    WHERE "__split" = 0 ORDER BY "__row") TO '{log_file}' (FORMAT parquet)""")
+                db.execute(f"""COPY (SELECT event_user AS user_id, event_item AS item_id, event_time AS timestamp FROM staged
+                    WHERE event_split = 0 ORDER BY event_row) TO '{log_file}' (FORMAT parquet)""")
             except duckdb.Error as error:
-                raise InputError(f"preparing {config.events!r}: {str(error).strip()}") from error
+                raise InputError(f"preparing {config.events!r}: {_first_line(error)}") from error
         manifest = _write(folder, events, config, set_aside)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -120,7 +120,7 @@ def _stage(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> dict[
     """Join events and attributes into the table ``staged``; count the rows that cannot be used."""
     user, item, time = (_quoted(name) for name in (config.user_column, config.item_column, config.time_column))
     _read(db, "events", config.events)
-    db.execute("CREATE TABLE numbered AS SELECT *, row_number() OVER () AS __row FROM events")
+    db.execute("CREATE TABLE numbered AS SELECT *, row_number() OVER () AS event_row FROM events")
     joins = ""
     for table, location, key in (("users", config.users, user), ("items", config.items, item)):
         if location:
@@ -131,16 +131,16 @@ def _stage(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> dict[
             joins += f" LEFT JOIN {table} USING ({key})"
     kind = dict(db.execute("SELECT column_name, column_type FROM (DESCRIBE numbered)").fetchall())[config.time_column]
     number = f"epoch_us({time}::TIMESTAMP)" if kind.startswith(("TIMESTAMP", "DATE")) else f"TRY_CAST({time} AS BIGINT)"
-    db.execute(f"""CREATE TABLE joined AS SELECT *, {user} AS "__user", {item} AS "__item", {number} AS "__time"
+    db.execute(f"""CREATE TABLE joined AS SELECT *, {user} AS event_user, {item} AS event_item, {number} AS event_time
         FROM numbered{joins}""")
-    nulls = {name: f'"__{name}" IS NULL' for name in ("user", "item", "time")}
+    nulls = {name: f'event_{name} IS NULL' for name in ("user", "item", "time")}
     counts = db.execute(f"SELECT {', '.join(f'count_if({is_null})' for is_null in nulls.values())} FROM joined").fetchall()[0]
     usable = f"NOT ({' OR '.join(nulls.values())})"
-    bounds = [1 - config.valid_share - config.test_share, 1 - config.test_share]
-    (limits,) = db.execute(f'SELECT quantile_disc("__time", {bounds}) FROM joined WHERE {usable}').fetchall()[0]
+    bounds = [round(1 - config.valid_share - config.test_share, 9), round(1 - config.test_share, 9)]
+    (limits,) = db.execute(f'SELECT quantile_disc(event_time, {bounds}) FROM joined WHERE {usable}').fetchall()[0]
     if limits is None:
         raise InputError(f"events={config.events} has no row with a user, an item and a time")
-    db.execute(f"""CREATE TABLE staged AS SELECT *, ("__time" > {limits[0]})::INT + ("__time" > {limits[1]})::INT AS "__split"
+    db.execute(f"""CREATE TABLE staged AS SELECT *, (event_time > {limits[0]})::INT + (event_time > {limits[1]})::INT AS event_split
         FROM joined WHERE {usable}""")
     return {f"null_or_bad_{name}": count for name, count in zip(nulls, counts)}
 
@@ -150,8 +150,8 @@ def _compute(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> pa.
     wanted = {f"{group}:{name}": text for group in ("tasks", "sparse", "dense", "sequence")
               for name, text in getattr(config, group).items()}  # fmt: skip
     columns = "".join(f", ({text}) AS {_quoted(name)}" for name, text in wanted.items())
-    return db.execute(f"""SELECT "__user" AS user, "__item" AS item, "__split"::TINYINT AS split,
-        count(*) OVER user_past AS seen{columns} FROM staged WINDOW {_WINDOWS} ORDER BY "__user", "__time", "__row"
+    return db.execute(f"""SELECT event_user AS user, event_item AS item, event_split::TINYINT AS split,
+        count(*) OVER user_past AS seen{columns} FROM staged WINDOW {_WINDOWS} ORDER BY event_user, event_time, event_row
         """).to_arrow_table()  # fmt: skip
 
 
@@ -214,11 +214,15 @@ def _read(db: duckdb.DuckDBPyConnection, table: str, location: str) -> None:
     try:
         db.execute(f"CREATE TABLE {table} AS SELECT * FROM {reader}")
     except duckdb.Error as error:
-        raise InputError(f"{table}={location} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{table}={location} cannot be read: {_first_line(error)}") from error
     for (column,) in db.execute(f"SELECT column_name FROM (DESCRIBE {table})").fetchall():
         name, _, kind = column.rpartition(":")
         if name and kind in _RECBOLE_TYPES:
             db.execute(f"ALTER TABLE {table} RENAME COLUMN {_quoted(column)} TO {_quoted(name)}")
+
+
+def _first_line(error: duckdb.Error) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _quoted(name: str) -> str:
