@@ -10,7 +10,7 @@ from glintru_rec.encoders import GlintRU, LRURec, RecGRELA, SASRec
 
 _WITH_TORCHREC = ("RankingModel", "RankingModelConfig", "SequenceTower", "load_encoder")
 
-__all__ = ["GlintRU", "LRURec", "RankingModel", "RankingModelConfig", "RecGRELA", "SASRec", "SequenceTower", "load_encoder"]  # noqa: F822 (some come by __getattr__)
+__all__ = ["GlintRU", "LRURec", "RankingModel", "RankingModelConfig", "RecGRELA", "SASRec", "SequenceTower", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:

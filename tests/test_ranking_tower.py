@@ -142,7 +142,9 @@ def test_model_has_a_head_for_each_task_and_learns_everywhere(interaction, num_d
     config = RankingModelConfig(embedding_dim=8, interaction=interaction, dense_layers=[4], head_layers=[5])
     model = RankingModel(["click", "watch"], {"user": 9, "genres": 4}, num_dense, tower, config, init_std=0.5)
     sparse = KeyedJaggedTensor(
-        ["user", "genres"], torch.tensor([1, 2, 3, 4, 5, 6, 1, 2, 3]), lengths=torch.tensor([1, 1, 1, 1, 1, 1, 2, 0, 1, 0, 0, 0])
+        ["user", "genres"],
+        torch.tensor([1, 2, 3, 4, 5, 6, 1, 2, 3]),
+        lengths=torch.tensor([1, 1, 1, 1, 1, 1, 2, 0, 1, 0, 0, 0]),
     )
     batch = RankingBatch(torch.randn(6, num_dense), sparse, make_histories()[0], SEEN, torch.zeros(6, 2), torch.arange(6))
     predicted = model(batch)

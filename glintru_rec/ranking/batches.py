@@ -138,5 +138,3 @@ def _keyed(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> KeyedJaggedTen
     values = np.concatenate([values for values, _ in features.values()])
     lengths = np.concatenate([lengths for _, lengths in features.values()])
     return KeyedJaggedTensor(list(features), torch.from_numpy(values), lengths=torch.from_numpy(lengths))
-
-

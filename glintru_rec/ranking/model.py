@@ -53,7 +53,9 @@ class RankingModelConfig:
         for key in ("cross_layers", "cross_rank"):
             check(f"model.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         for key in ("dense_layers", "head_layers"):
-            check(f"model.{key}", list(getattr(self, key)), all(size >= 1 for size in getattr(self, key)), "sizes of at least 1")
+            check(
+                f"model.{key}", list(getattr(self, key)), all(size >= 1 for size in getattr(self, key)), "sizes of at least 1"
+            )
         check("model.head_layers", list(self.head_layers), len(self.head_layers) >= 1, "one size or more")
         check("model.dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and less than 1")
 

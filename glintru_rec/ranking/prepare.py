@@ -133,11 +133,11 @@ def _stage(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> dict[
     number = f"epoch_us({time}::TIMESTAMP)" if kind.startswith(("TIMESTAMP", "DATE")) else f"TRY_CAST({time} AS BIGINT)"
     db.execute(f"""CREATE TABLE joined AS SELECT *, {user} AS event_user, {item} AS event_item, {number} AS event_time
         FROM numbered{joins}""")
-    nulls = {name: f'event_{name} IS NULL' for name in ("user", "item", "time")}
+    nulls = {name: f"event_{name} IS NULL" for name in ("user", "item", "time")}
     counts = db.execute(f"SELECT {', '.join(f'count_if({is_null})' for is_null in nulls.values())} FROM joined").fetchall()[0]
     usable = f"NOT ({' OR '.join(nulls.values())})"
     bounds = [round(1 - config.valid_share - config.test_share, 9), round(1 - config.test_share, 9)]
-    (limits,) = db.execute(f'SELECT quantile_disc(event_time, {bounds}) FROM joined WHERE {usable}').fetchall()[0]
+    (limits,) = db.execute(f"SELECT quantile_disc(event_time, {bounds}) FROM joined WHERE {usable}").fetchall()[0]
     if limits is None:
         raise InputError(f"events={config.events} has no row with a user, an item and a time")
     db.execute(f"""CREATE TABLE staged AS SELECT *, (event_time > {limits[0]})::INT + (event_time > {limits[1]})::INT AS event_split

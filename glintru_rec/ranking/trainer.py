@@ -51,9 +51,7 @@ class RankingTrainer:
 
     def _batches(self, split: str, batch_examples: int) -> RankingBatches:
         data, world_size = self.config.data, dist.get_world_size()
-        return RankingBatches(
-            self.dataset, split, data.max_seq_len, data.block_examples, batch_examples, self.rank, world_size
-        )
+        return RankingBatches(self.dataset, split, data.max_seq_len, data.block_examples, batch_examples, self.rank, world_size)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
@@ -62,7 +60,9 @@ class RankingTrainer:
             return
         state = read_state(checkpoints[-1])
         if state.model_fingerprint != self.state.model_fingerprint:
-            raise InputError(f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output")
+            raise InputError(
+                f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
+            )
         if state.vocabulary_sha256 != self.state.vocabulary_sha256:
             raise InputError(f"{checkpoints[-1]} belongs to another dataset than data.path={self.config.data.path}")
         state.batching = self.state.batching  # checkpoints stand between epochs

@@ -1,0 +1,72 @@
+"""The encoder inside other people's models: with torch alone, and in a TorchRec model on two ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from glintru_rec.ranking import load_encoder
+from tests.conftest import REPOSITORY, environment
+from tests.test_imports import BLOCKED
+
+TORCH_ALONE = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {(*BLOCKED, "torchx", "yaml", "numpy.typing")}:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+exec(compile(sys.argv[1], "README", "exec"))
+assert not [name for name in sys.modules if name.split(".")[0] in {BLOCKED}]
+
+torch.manual_seed(0)
+model = MyModel(num_items=50, width=16)
+model.history.load_state_dict(torch.load(sys.argv[2]))
+rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("history.")]
+optimizer = torch.optim.Adam([{{"params": model.history.parameters(), "lr": 1e-3}}, {{"params": rest, "lr": 1e-2}}])
+item_ids, offsets = torch.randint(0, 50, (40,)), torch.arange(0, 41, 5)
+candidates, clicked = torch.randint(0, 50, (8,)), torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
+losses = []
+for _ in range(60):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(model(item_ids, offsets, candidates), clicked)
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.3 * losses[0], losses
+print("done")
+"""
+
+
+def readme_block(marker: str) -> str:
+    """The Python block of the README that holds a text."""
+    (block,) = [
+        code for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S) if marker in code
+    ]
+    return block
+
+
+def test_the_recipe_needs_torch_alone(run_dir, tmp_path):
+    """The README's model trains where neither TorchRec nor fbgemm can be imported, from the weights of a run."""
+    encoder = load_encoder(run_dir)
+    assert (encoder.width, encoder.blocks[0].attention.num_heads) == (16, 2)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
+    recipe = readme_block("class MyModel").replace("GlintRU(width)", "GlintRU(width, num_heads=2)")
+    command = [sys.executable, "-c", TORCH_ALONE, recipe, str(tmp_path / "encoder.pt")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environment())
+    assert result.stdout.strip() == "done", result.stderr[-2000:]
+
+
+def test_the_encoder_in_a_torchrec_model_on_two_ranks():
+    """Under one DistributedModelParallel, with an item table spread by rows: see tests/foreign_torchrec.py."""
+    script = Path(__file__).with_name("foreign_torchrec.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = environment() | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("learnt") == 2
