@@ -82,3 +82,22 @@ def run_dir(dataset_dir, tmp_path_factory) -> Path:
         "train", f"data.path={dataset_dir}", f"output={path}", *SMALL, "trainer.max_epochs=4", "model.options.dropout=0.1"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def ranking_data(log_file, tmp_path_factory):
+    """Ranking examples of the small log: is the item's number odd? Some tables are large enough to be spread by rows."""
+    from glintru_rec.ranking.prepare import PrepareRankingConfig, prepare_ranking
+
+    path = tmp_path_factory.mktemp("ranking") / "dataset"
+    prepare_ranking(
+        PrepareRankingConfig(
+            str(log_file),
+            str(path),
+            tasks={"odd": "item_id % 2 = 1"},
+            sparse={"user": "user_id", "item": "item_id", "event": "1000 * user_id + event_time"},
+            dense={"before": "count(*) OVER user_past"},
+            sequence={"odd": "item_id % 2", "event": "1000 * user_id + event_time"},
+        )
+    )
+    return path

@@ -42,8 +42,13 @@ def small(tmp_path):
     (tmp_path / "events.csv").write_text(EVENTS)
     (tmp_path / "movies.item").write_text("item_id:token\ttags:token_seq\ni1\ta b\ni2\tb\ni3\t\n")
     return PrepareRankingConfig(
-        str(tmp_path / "events.csv"), str(tmp_path / "dataset"), items=str(tmp_path / "movies.item"),
-        valid_share=0.2, test_share=0.2, **FEATURES)  # fmt: skip
+        str(tmp_path / "events.csv"),
+        str(tmp_path / "dataset"),
+        items=str(tmp_path / "movies.item"),
+        valid_share=0.2,
+        test_share=0.2,
+        **FEATURES,
+    )
 
 
 def test_every_event_knows_its_strict_past(small):
@@ -62,8 +67,18 @@ def test_every_event_knows_its_strict_past(small):
     # Values are those of the training period (6 events); i9, u3 and u4 are not in it.
     items = pq.read_table(f"{small.output}/vocabulary/item.parquet")["value"].to_pylist()
     assert items == ["i1", "i2", "i3"]
-    assert [([None, *items])[item] for item in data.sequence["item"]] == \
-        ["i1", "i2", "i3", "i1", None, "i1", "i2", "i1", "i2", "i3"]  # fmt: skip
+    assert [([None, *items])[item] for item in data.sequence["item"]] == [
+        "i1",
+        "i2",
+        "i3",
+        "i1",
+        None,
+        "i1",
+        "i2",
+        "i1",
+        "i2",
+        "i3",
+    ]
     assert data.sparse["user"].values.tolist() == [1, 1, 1, 1, 1, 2, 2, 0, 0, 0]
     tags = np.split(data.sparse["tags"].values, data.sparse["tags"].offsets[1:-1])
     names = pq.read_table(f"{small.output}/vocabulary/sparse.tags.parquet")["value"].to_pylist()
@@ -110,16 +125,6 @@ def test_a_damaged_dataset_is_refused(small, tmp_path):
         RankingDataset.open(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def ranking_data(log_file, tmp_path_factory):
-    """Ranking examples of the small log: is the item's number odd?"""
-    path = tmp_path_factory.mktemp("ranking") / "dataset"
-    prepare_ranking(PrepareRankingConfig(
-        str(log_file), str(path), tasks={"odd": "item_id % 2 = 1"}, sparse={"user": "user_id"},
-        dense={"before": "count(*) OVER user_past"}, sequence={"odd": "item_id % 2"}))  # fmt: skip
-    return path
-
-
 def test_examples_that_share_a_history_get_what_each_alone_would(ranking_data):
     """Blocks of 1, the usual layout of impressions, and blocks of 16 predict the same; every example comes once."""
     data = RankingDataset.open(ranking_data)
@@ -154,7 +159,8 @@ def test_histories_are_cut_to_the_latest_events(ranking_data):
     data = RankingDataset.open(ranking_data)
     for batch in RankingBatches(data, "train", max_seq_len=4, block_examples=3, batch_examples=50).epoch():
         whole = torch.tensor(data.seen)[batch.examples]
-        assert bool((batch.seen >= whole.clamp(max=4)).all()) and bool((batch.seen <= whole).all())
+        assert bool((batch.seen >= whole.clamp(max=4)).all())
+        assert bool((batch.seen <= whole).all())
         items, owner = batch.histories["item"], torch.repeat_interleave(batch.histories["candidate"].lengths())
         for example, seen, sequence in zip(batch.examples.tolist(), batch.seen.tolist(), owner.tolist()):
             history = items.values()[items.offsets()[sequence] :][:seen]

@@ -1,6 +1,7 @@
 """The sequence tower and the ranking model, as laws over values."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def make_histories(seed: int = 0) -> tuple[KeyedJaggedTensor, list[list[int]], l
     items = [torch.randint(1, 50, (n,)).tolist() for n in LENGTHS]
     ratings = [torch.randint(1, 6, (n,)).tolist() for n in LENGTHS]
     candidates = torch.randint(1, 50, (sum(CANDIDATE_LENGTHS),)).tolist()
-    values = [*sum(items, []), *sum(ratings, []), *candidates]
+    values = [*chain(*items), *chain(*ratings), *candidates]
     lengths = torch.tensor([*LENGTHS, *LENGTHS, *CANDIDATE_LENGTHS])
     return KeyedJaggedTensor([*FEATURES, CANDIDATE], torch.tensor(values), lengths=lengths), items, ratings, candidates
 
@@ -67,7 +68,7 @@ def naive_attention(heads: nn.MultiheadAttention, query: torch.Tensor, hidden: t
     found = torch.zeros_like(q)
     for head in range(heads.num_heads):
         part = slice(head * width, (head + 1) * width)
-        scores = [float(q[part] @ key[part]) / math.sqrt(width) for key in k] + [0.0]
+        scores = [(q[part] @ key[part]).item() / math.sqrt(width) for key in k] + [0.0]
         weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
         for weight, value in zip(weights, v):  # the zeros add nothing
             found[part] += weight * value[part]

@@ -1,16 +1,24 @@
 """Ranking models trained for real: on two ranks, resumed on one, warm-started from a retrieval run."""
 
 import json
+import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from glintru_rec.config import compose
 from glintru_rec.errors import InputError
-from glintru_rec.ranking.build import load_encoder
+from glintru_rec.programs.launcher import task_of
+from glintru_rec.ranking.build import build_ranking_model, load_encoder
+from glintru_rec.ranking.config import RankingConfig
+from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.metrics import binary_metrics, number_metrics
+from glintru_rec.tables.collections import MIN_ROWS_PER_RANK
+from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_unsharded
+from glintru_rec.training.checkpoint import best_checkpoint
 from tests.conftest import run_program
-from tests.test_ranking_data import ranking_data  # noqa: F401 (a fixture)
 
 SMALL = ["task=ranking", "tower.width=16", "tower.options.num_heads=2", "model.embedding_dim=8", "trainer.batch_examples=128"]
 
@@ -19,19 +27,18 @@ def figures(run_dir) -> dict:
     return json.loads((run_dir / "finished.json").read_text())
 
 
-def test_train_on_two_ranks_and_go_on_with_one(ranking_data, run_dir, tmp_path):  # noqa: F811
-    """Item tables spread by rows, small ones whole on one rank: what two ranks saved, one rank reads.
-
-    Whether an item's number is odd can be learnt from its embedding; a retrieval run gives the first ones.
-    """
+def test_train_on_two_ranks_and_go_on_with_one(ranking_data, run_dir, tmp_path):
+    """Large tables spread by rows, small ones whole on one rank: what two ranks saved, one rank reads."""
+    sizes = RankingDataset.open(ranking_data).manifest["num_embeddings"]
+    assert min(sizes["sparse:event"], sizes["sequence:event"]) >= 2 * MIN_ROWS_PER_RANK > sizes["item"]
     out = tmp_path / "run"
     start = [f"data.path={ranking_data}", f"output={out}", *SMALL, "trainer.max_epochs=2"]
-    run_program("train", *start, f"tower.init_from={run_dir}", "tower.frozen=true", nproc=2)
+    start += [f"tower.init_from={run_dir}", "tower.learning_rate_scale=0.3"]
+    run_program("train", *start, nproc=2)
     two = figures(out)
     assert two["test"]["odd.auc"] > 0.9
     (out / "finished.json").unlink()
-    frozen = [f"tower.init_from={run_dir}", "tower.frozen=true"]
-    run_program("train", *start, *frozen, "trainer.resume=true")  # nothing is left to train: measured again, on one rank
+    run_program("train", *start, "trainer.resume=true")  # nothing is left to train: measured again, on one rank
     one = figures(out)
     assert one["steps"] == two["steps"] > 0
     for split in ("valid", "test"):
@@ -41,17 +48,20 @@ def test_train_on_two_ranks_and_go_on_with_one(ranking_data, run_dir, tmp_path):
     assert "another model" in refused.stderr
 
 
-def test_a_frozen_tower_is_the_retrieval_runs(ranking_data, run_dir, tmp_path):  # noqa: F811
+def test_a_frozen_tower_is_the_retrieval_runs(ranking_data, run_dir, tmp_path):
     """After training: the encoder and the rows of the known items are to the bit those of the retrieval run."""
-    import torch.distributed.checkpoint as dcp
-
-    from glintru_rec.ranking.dataset import RankingDataset
-    from glintru_rec.tables.sharding import TABLE_KEY
-    from glintru_rec.training.checkpoint import best_checkpoint
-
     out = tmp_path / "run"
-    run_program("train", f"data.path={ranking_data}", f"output={out}", *SMALL, f"tower.init_from={run_dir}",
-                "tower.frozen=true", "trainer.max_epochs=1", "table=replicated", "table.weight_decay=0.1")  # fmt: skip
+    run_program(
+        "train",
+        f"data.path={ranking_data}",
+        f"output={out}",
+        *SMALL,
+        f"tower.init_from={run_dir}",
+        "tower.frozen=true",
+        "trainer.max_epochs=1",
+        "table=replicated",
+        "table.weight_decay=0.1",
+    )
     run, dataset = load_unsharded(run_dir), RankingDataset.open(ranking_data)
     encoder = run.model.encoder.state_dict()
     num_rows = dataset.num_embeddings("sequence")["item"]
@@ -78,13 +88,7 @@ def test_a_frozen_tower_is_the_retrieval_runs(ranking_data, run_dir, tmp_path): 
         (["task=sorting"], "task is 'sorting'"),
     ],
 )
-def test_bad_config_is_one_clear_message(ranking_data, tmp_path, capsys, overrides, message):  # noqa: F811
-    from glintru_rec.config import compose
-    from glintru_rec.programs.launcher import task_of
-    from glintru_rec.ranking.build import build_ranking_model
-    from glintru_rec.ranking.config import RankingConfig
-    from glintru_rec.ranking.dataset import RankingDataset
-
+def test_bad_config_is_one_clear_message(ranking_data, tmp_path, capsys, overrides, message):
     arguments = ["task=ranking", f"data.path={ranking_data}", f"output={tmp_path}", *overrides]
     if overrides[0].startswith("task="):
         with pytest.raises(SystemExit):
@@ -98,8 +102,6 @@ def test_bad_config_is_one_clear_message(ranking_data, tmp_path, capsys, overrid
 
 
 def test_the_experiment_says_the_task():
-    from glintru_rec.programs.launcher import task_of
-
     assert task_of(["experiment=ml100k_ranking", "trainer.seed=1"]) == "ranking"
     assert task_of(["experiment=smoke"]) == task_of(["data.path=x"]) == "retrieval"
 
@@ -113,8 +115,6 @@ def test_encoder_of_a_run_is_its_models(run_dir):
 
 def test_metrics_against_hand_worked_figures():
     """u0: positives .9 .2, negative .5: 1 of 2 pairs. u1: positive .4, negatives .3 .6: 1 of 2. u2 has positives only."""
-    import math
-
     scores = torch.tensor([0.9, 0.2, 0.5, 0.4, 0.3, 0.6, 0.1])
     labels = torch.tensor([1.0, 1, 0, 1, 0, 0, 1])
     users = torch.tensor([0, 0, 0, 1, 1, 1, 2]).numpy()

@@ -48,8 +48,9 @@ class RankingBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RankingBatch":
         """Copy to a device."""
-        return RankingBatch(**{each.name: getattr(self, each.name).to(device=device, non_blocking=non_blocking)
-                               for each in fields(self)})  # fmt: skip
+        return RankingBatch(
+            **{each.name: getattr(self, each.name).to(device=device, non_blocking=non_blocking) for each in fields(self)}
+        )
 
 
 class _Block(NamedTuple):
@@ -74,8 +75,16 @@ class RankingBatches:
         world_size: number of ranks.
     """
 
-    def __init__(self, dataset: RankingDataset, split: str, max_seq_len: int, block_examples: int, batch_examples: int,
-                 rank: int = 0, world_size: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        dataset: RankingDataset,
+        split: str,
+        max_seq_len: int,
+        block_examples: int,
+        batch_examples: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.dataset, self.max_seq_len = dataset, max_seq_len
         self.rank, self.world_size = rank, world_size
         chosen = np.flatnonzero((dataset.split == SPLITS.index(split)) & ~np.isnan(dataset.labels).all(axis=1))

@@ -116,8 +116,12 @@ class RankingConfig:
         one_of("tower.output", tower.output, OUTPUTS)
         check("tower.width", tower.width, tower.width >= 4 and tower.width % 4 == 0, "a multiple of 4, at least 4")
         check("tower.num_heads", tower.num_heads, tower.num_heads >= 1, "at least 1")
-        check("tower.learning_rate_scale", tower.learning_rate_scale, 0 < tower.learning_rate_scale < math.inf,
-              "greater than 0 and finite (tower.frozen=true keeps the encoder as it is)")  # fmt: skip
+        check(
+            "tower.learning_rate_scale",
+            tower.learning_rate_scale,
+            0 < tower.learning_rate_scale < math.inf,
+            "greater than 0 and finite (tower.frozen=true keeps the encoder as it is)",
+        )
         causal = tower.options.get("causal", True)
         if not causal:
             raise InputError("tower.options.causal is false: examples of a user share a pass, which must not see the future")
@@ -131,7 +135,8 @@ class RankingConfig:
 
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on."""
-        tower = {key: value for key, value in asdict(self.tower).items()
-                 if key not in ("init_from", "frozen", "learning_rate_scale")}  # fmt: skip
+        tower = {
+            key: value for key, value in asdict(self.tower).items() if key not in ("init_from", "frozen", "learning_rate_scale")
+        }
         described = {"model": asdict(self.model), "tower": tower, "tasks": list(self.data.tasks)}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

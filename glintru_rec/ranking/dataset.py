@@ -98,12 +98,15 @@ class RankingDataset:
             user=events["user"].to_numpy(),
             split=events["split"].to_numpy().astype(np.int64),
             seen=events["seen"].to_numpy(),
-            sequence={name.removeprefix("sequence:"): lists.values for name, lists in features.items()
-                      if not name.startswith("sparse:")},
+            sequence={
+                name.removeprefix("sequence:"): lists.values
+                for name, lists in features.items()
+                if not name.startswith("sparse:")
+            },
             sparse={name.removeprefix("sparse:"): lists for name, lists in features.items() if name.startswith("sparse:")},
             dense=_columns(events, "dense:", manifest["dense"]),
             labels=_columns(events, "tasks:", manifest["tasks"]),
-        )  # fmt: skip
+        )
 
     def num_embeddings(self, group: str) -> dict[str, int]:
         """Give the table sizes of a group's features: ``sparse``, or ``sequence`` (with `ITEM`)."""

@@ -47,8 +47,12 @@ class RankingModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check("model.embedding_dim", self.embedding_dim, self.embedding_dim >= 4 and self.embedding_dim % 4 == 0,
-              "a multiple of 4, at least 4")  # fmt: skip
+        check(
+            "model.embedding_dim",
+            self.embedding_dim,
+            self.embedding_dim >= 4 and self.embedding_dim % 4 == 0,
+            "a multiple of 4, at least 4",
+        )
         one_of("model.interaction", self.interaction, ("dcn", "dlrm"))
         for key in ("cross_layers", "cross_rank"):
             check(f"model.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")

@@ -9,7 +9,8 @@ may be any of DuckDB's functions, and look at what came before through the windo
 ``user_order``   the user's events up to this one, in order: for ``lag``
 ===============  ==========================================================================================
 
-such as ``avg(rating) OVER item_past``; ``event_time`` is the event's time as a whole number. Values and scales are learnt from the training period alone.
+such as ``avg(rating) OVER item_past``; ``event_time`` is the event's time as a whole number. Values and scales are learnt
+from the training period alone.
 """
 
 import json
@@ -140,19 +141,22 @@ def _stage(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> dict[
     (limits,) = db.execute(f"SELECT quantile_disc(event_time, {bounds}) FROM joined WHERE {usable}").fetchall()[0]
     if limits is None:
         raise InputError(f"events={config.events} has no row with a user, an item and a time")
-    db.execute(f"""CREATE TABLE staged AS SELECT *, (event_time > {limits[0]})::INT + (event_time > {limits[1]})::INT AS event_split
-        FROM joined WHERE {usable}""")
+    split = " + ".join(f"(event_time > {limit})::INT" for limit in limits)
+    db.execute(f"CREATE TABLE staged AS SELECT *, {split} AS event_split FROM joined WHERE {usable}")
     return {f"null_or_bad_{name}": count for name, count in zip(nulls, counts)}
 
 
 def _compute(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> pa.Table:
     """Compute every expression: a row per event, users one after the other, each in order of time."""
-    wanted = {f"{group}:{name}": text for group in ("tasks", "sparse", "dense", "sequence")
-              for name, text in getattr(config, group).items()}  # fmt: skip
+    wanted = {
+        f"{group}:{name}": text
+        for group in ("tasks", "sparse", "dense", "sequence")
+        for name, text in getattr(config, group).items()
+    }
     columns = "".join(f", ({text}) AS {_quoted(name)}" for name, text in wanted.items())
     return db.execute(f"""SELECT event_user AS user, event_item AS item, event_split::TINYINT AS split,
         count(*) OVER user_past AS seen{columns} FROM staged WINDOW {_WINDOWS} ORDER BY event_user, event_time, event_row
-        """).to_arrow_table()  # fmt: skip
+        """).to_arrow_table()
 
 
 def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_aside: dict[str, int]) -> dict[str, Any]:
@@ -163,8 +167,11 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
         raise InputError(f"the periods have {counts} events; each needs some: change valid_share and test_share")
     users = events["user"].combine_chunks()
     starts = np.flatnonzero(np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)))
-    written = {"user": pa.array(np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(users))))),
-               "split": events["split"], "seen": events["seen"]}  # fmt: skip
+    written = {
+        "user": pa.array(np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(users))))),
+        "split": events["split"],
+        "seen": events["seen"],
+    }
     manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "num_users": len(starts), "events": counts}
     manifest |= {"set_aside": set_aside, "num_embeddings": {}, "dense": {}, "tasks": {}}
     (folder / "vocabulary").mkdir()

@@ -156,7 +156,7 @@ class RankingTrainer:
         all_examples = torch.cat([share[0] for share in shares]).numpy()
         places, first = np.unique(all_examples, return_index=True)  # blocks that fill up the ranks come twice
         values = torch.cat([share[1] for share in shares])[first]
-        metrics = {}
+        metrics: dict[str, float] = {}
         for place, (name, kind) in enumerate(zip(self.weights, self.kinds)):
             labels = torch.from_numpy(self.dataset.labels[places, self.columns[place]])
             known = ~labels.isnan()
@@ -188,7 +188,13 @@ class RankingTrainer:
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {self.state.step}: lower the learning rates")
         if self.log is not None:
-            self.log.write("train", self.state.step, self.state.epoch, loss=total / count, seconds=seconds,
-                           labels_per_second=count / seconds)  # fmt: skip
+            self.log.write(
+                "train",
+                self.state.step,
+                self.state.epoch,
+                loss=total / count,
+                seconds=seconds,
+                labels_per_second=count / seconds,
+            )
         note = f"epoch {self.state.epoch + 1}  loss {total / count:.4f}  {count / seconds:,.0f} labels/s"
         self.progress.update(self.state.step, note)

@@ -1,5 +1,7 @@
 """Shard any module's embedding collections over the ranks; replicate the rest of it."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from glintru_rec.tables.item_table import TableConfig
@@ -48,8 +51,12 @@ def distribute_collections(
         sharders = [bags, sequences]
         world_size, num_small = dist.get_world_size(), 0
         for path, module in _collections(model):
-            is_bag = isinstance(module, EmbeddingBagCollection)
-            tables = module.embedding_bag_configs() if is_bag else module.embedding_configs()
+            sharder: ModuleSharder
+            tables: Sequence[BaseEmbeddingConfig]
+            if isinstance(module, EmbeddingBagCollection):
+                tables, sharder = module.embedding_bag_configs(), bags
+            else:
+                tables, sharder = module.embedding_configs(), sequences
             chosen = {}
             for table in tables:
                 if table.num_embeddings >= MIN_ROWS_PER_RANK * world_size:
@@ -60,7 +67,7 @@ def distribute_collections(
             plan.plan[path] = construct_module_sharding_plan(
                 module,
                 chosen,
-                sharder=bags if is_bag else sequences,
+                sharder=sharder,
                 world_size=world_size,
                 local_size=world_size,
                 device_type=device.type,
@@ -94,7 +101,7 @@ def fill_rows(model: DistributedModelParallel, name: str, rows: Tensor, known: T
         piece[mine.to(piece.device)] = rows[first : first + count][mine].to(piece)
 
 
-def _collections(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _collections(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection | EmbeddingCollection]]:
     kinds = (EmbeddingBagCollection, EmbeddingCollection)
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
