@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass, field
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
-from glintru_rec.encoders import ENCODERS
-from glintru_rec.errors import InputError
 from glintru_rec.ranking.model import RankingModelConfig
-from glintru_rec.ranking.tower import COMBINATIONS, OUTPUTS, TowerConfig
+from glintru_rec.ranking.tower import TowerConfig
 from glintru_rec.tables.item_table import TableConfig
 
 
@@ -108,30 +106,8 @@ class RankingConfig:
     trainer: RankingTrainerConfig = field(default_factory=RankingTrainerConfig)
 
     def __post_init__(self):
-        tower = self.tower
         check("task", self.task, self.task == "ranking", "ranking here")
         check("table.dtype", self.table.dtype, self.table.dtype == "fp32", "fp32 with task=ranking")
-        one_of("tower.encoder", tower.encoder, ("none", "mean", *ENCODERS))
-        one_of("tower.combine", tower.combine, COMBINATIONS)
-        one_of("tower.output", tower.output, OUTPUTS)
-        check("tower.width", tower.width, tower.width >= 4 and tower.width % 4 == 0, "a multiple of 4, at least 4")
-        check("tower.num_heads", tower.num_heads, tower.num_heads >= 1, "at least 1")
-        check(
-            "tower.learning_rate_scale",
-            tower.learning_rate_scale,
-            0 < tower.learning_rate_scale < math.inf,
-            "greater than 0 and finite (tower.frozen=true keeps the encoder as it is)",
-        )
-        causal = tower.options.get("causal", True)
-        if not causal:
-            raise InputError("tower.options.causal is false: examples of a user share a pass, which must not see the future")
-        if tower.frozen and not tower.init_from:
-            raise InputError("tower.frozen=true needs tower.init_from: a random encoder that never learns is of no use")
-        if tower.init_from and (tower.encoder in ("none", "mean") or tower.combine != "sum"):
-            raise InputError(
-                f"tower.init_from needs an encoder and tower.combine=sum, so that the encoder reads what it was trained on; "
-                f"these are {tower.encoder} and {tower.combine}"
-            )
 
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on."""

@@ -9,6 +9,7 @@
 Shapes: S histories, T events in them, B candidates (one or more for each history), D width, V rows of a table.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from glintru_rec.config import one_of
+from glintru_rec.config import check, one_of
+from glintru_rec.encoders import ENCODERS
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import lengths_from_offsets, positions, sequence_index
@@ -238,3 +240,21 @@ class TowerConfig:
     init_from: str = ""
     frozen: bool = False
     learning_rate_scale: float = 1.0
+
+    def __post_init__(self):
+        one_of("tower.encoder", self.encoder, ("none", "mean", *ENCODERS))
+        one_of("tower.combine", self.combine, COMBINATIONS)
+        one_of("tower.output", self.output, OUTPUTS)
+        check("tower.width", self.width, self.width >= 4 and self.width % 4 == 0, "a multiple of 4, at least 4")
+        check("tower.num_heads", self.num_heads, self.num_heads >= 1, "at least 1")
+        scale = self.learning_rate_scale
+        check("tower.learning_rate_scale", scale, 0 < scale < math.inf, "greater than 0 and finite (tower.frozen: no learning)")
+        if not self.options.get("causal", True):
+            raise InputError("tower.options.causal is false: examples of a user share a pass, which must not see the future")
+        if self.frozen and not self.init_from:
+            raise InputError("tower.frozen=true needs tower.init_from: a random encoder that never learns is of no use")
+        if self.init_from and (self.encoder in ("none", "mean") or self.combine != "sum"):
+            raise InputError(
+                f"tower.init_from needs an encoder and tower.combine=sum, so that the encoder reads what it was trained on; "
+                f"these are {self.encoder} and {self.combine}"
+            )
