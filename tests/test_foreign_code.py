@@ -6,18 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+import glintru_rec
 from glintru_rec.ranking import load_encoder
 from tests.conftest import REPOSITORY, environment
 from tests.test_imports import BLOCKED
+from tools.ranking_table import table
 
 TORCH_ALONE = f"""
 import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {(*BLOCKED, "torchx", "yaml", "numpy.typing")}:
+        if name.split(".")[0] in {(*BLOCKED, "torchx", "yaml")}:
             raise ImportError(name + " is blocked")
 
 sys.meta_path.insert(0, Blocked())
@@ -70,3 +73,23 @@ def test_the_encoder_in_a_torchrec_model_on_two_ranks():
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("learnt") == 2
+
+
+def test_the_readmes_tower():
+    names = {"torch": torch}
+    exec(compile(readme_block("tower = SequenceTower("), "README", "exec"), names)
+    assert [output.shape for output in (names["query"], names["attended"])] == [(3, 32), (3, 32)]
+    assert glintru_rec.SequenceTower is names["SequenceTower"]
+    assert set(glintru_rec.__all__) <= set(dir(glintru_rec))
+    with pytest.raises(AttributeError, match="Tower"):
+        _ = glintru_rec.Tower
+
+
+def test_the_table_of_the_tower():
+    runs = [
+        {"valid": {"like.auc": v}, "test": {"like.auc": a, "like.logloss": 0.5, "like.gauc": 0.75}}
+        for v, a in ((0.75, 0.5), (0.77, 0.7))
+    ]
+    text = table({"no tower": runs, "mean": runs[:1]})
+    assert "| no tower | .6000 ± .1414 | .5000 ± .0000 | .7500 ± .0000 | .7600 ± .0141 | 2 |" in text
+    assert "| mean | .5000 | .5000 | .7500 | .7500 | 1 |" in text
