@@ -19,7 +19,7 @@ def train_ranking(config: RankingConfig) -> None:
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
     dataset = RankingDataset.open(config.data.path)
-    with process_group(config.trainer.device) as device:
+    with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
         trainer = RankingTrainer(config, dataset, device)
         if resume:

@@ -65,6 +65,7 @@ class RankingTrainerConfig:
         patience: validations without a better figure before training stops; 0: never. The figure is the AUC of the first
             task, or minus its root mean squared error if it is a number.
         keep_last: latest checkpoints kept, besides the best.
+        timeout_seconds: how long a rank waits for another before it takes it for hung, and fails.
         log_every_steps: steps between lines of ``metrics.jsonl``.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
@@ -75,6 +76,7 @@ class RankingTrainerConfig:
     seed: int = 0
     patience: int = 3
     keep_last: int = 1
+    timeout_seconds: float = 600.0
     log_every_steps: int = 50
     resume: bool = False
     device: str = "auto"
@@ -84,6 +86,8 @@ class RankingTrainerConfig:
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         for key in ("seed", "patience"):
             check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        possible = 0 < self.timeout_seconds <= 1e7
+        check("trainer.timeout_seconds", self.timeout_seconds, possible, "greater than 0 and at most 1e7")
         one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
 
 

@@ -18,7 +18,7 @@ from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.metrics import binary_metrics, number_metrics
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, list_checkpoints, load_checkpoint, read_state
-from glintru_rec.training.checkpoint import save_checkpoint as write_checkpoint
+from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.processes import seed_step
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.summary import peak_memory
@@ -47,6 +47,10 @@ class RankingTrainer:
         batching = f"{self.batches.num_examples} {self.batches.num_steps} {data.max_seq_len} {data.block_examples} "
         batching += f"{config.trainer.seed} {dist.get_world_size()}"
         self.state = RunState(config.model_fingerprint(), dataset.item_sha256, batching)
+        trainer = config.trainer
+        self.checkpoints = CheckpointWriter(
+            self.run_dir, self.model, self.optimizer, None, trainer.keep_last, 1, False, trainer.timeout_seconds
+        )
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, labels
 
     def _batches(self, split: str, batch_examples: int) -> RankingBatches:
@@ -74,18 +78,20 @@ class RankingTrainer:
     def fit(self) -> RunState:
         """Train until the last epoch, or until validation stops improving; then load the best weights."""
         trainer, state = self.config.trainer, self.state
-        self.log = RunLog(self.run_dir, state.step) if self.rank == 0 else None
+        self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
         total = state.step + (trainer.max_epochs - state.epoch) * self.batches.num_steps
         self.progress = Progress("train", total, "steps", enabled=self.rank == 0)
         while state.epoch < trainer.max_epochs and not self._stalled():
             self.train_epoch()
             state.epoch += 1
             self.validate()
-            write_checkpoint(self.run_dir, self.model, self.optimizer, None, state, trainer.keep_last)
+            self.checkpoints.save(state)
         if self.rank == 0 and self._stalled():
             print(f"stopped: {trainer.patience} validations without a better figure", flush=True)
         if self.log is not None:
             self.log.close()
+        if self.checkpoints.last and self.checkpoints.last.error:
+            raise InputError(f"the last checkpoint cannot be written ({self.checkpoints.last.error}); make room and resume")
         load_checkpoint(best_checkpoint(self.run_dir), self.model)
         return state
 
@@ -135,7 +141,7 @@ class RankingTrainer:
             state.best_step, state.best_value, state.validations_since_best = state.step, value, 0
         else:
             state.validations_since_best += 1
-        state.validated_step = state.step
+        state.validated_step, state.value = state.step, value
         if self.log is not None:
             seconds = time.monotonic() - seconds
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds, **peak_memory(self.device))
