@@ -16,8 +16,8 @@ class Foreign(nn.Module):
     def __init__(self):
         super().__init__()
         meta = torch.device("meta")
-        self.items = EmbeddingCollection([EmbeddingConfig(16, 64, name="t_item", feature_names=["history"])], device=meta)
-        self.users = EmbeddingBagCollection([EmbeddingBagConfig(16, 64, name="t_user", feature_names=["user"])], device=meta)
+        self.items = EmbeddingCollection([EmbeddingConfig(64, 16, name="t_item", feature_names=["history"])], device=meta)
+        self.users = EmbeddingBagCollection([EmbeddingBagConfig(64, 16, name="t_user", feature_names=["user"])], device=meta)
         self.encoder = GlintRU(16, dropout=0.0)
         self.head = nn.Linear(32, 1)
 

@@ -102,15 +102,28 @@ class RankingBatches:
         if seed is not None:
             order = np.random.default_rng([seed, epoch]).permutation(order)
         order = np.resize(order, max(-(-len(order) // self.world_size) * self.world_size, self.world_size))
-        own = order[self.rank :: self.world_size]
-        for places in np.array_split(own, self.num_steps):
-            yield self.make_batch([self.blocks[place] for place in places])
+        shares = [np.array_split(order[rank :: self.world_size], self.num_steps) for rank in range(self.world_size)]
+        for step in range(self.num_steps):
+            batches = [[self.blocks[place] for place in share[step]] for share in shares]
+            size = max(sum(block.stop - block.start for block in blocks) for blocks in batches)
+            yield self.make_batch(batches[self.rank], size)
 
-    def make_batch(self, blocks: list[_Block]) -> RankingBatch:
-        """Gather the examples of some blocks and the histories that they look at."""
+    def make_batch(self, blocks: list[_Block], size: int) -> RankingBatch:
+        """Gather the examples of some blocks and the histories that they look at.
+
+        Args:
+            blocks: at least one.
+            size: examples B to give. TorchRec needs as many on every rank where pooled tables are spread by rows, so the last
+                example is repeated, without labels, until there are.
+        """
         data = self.dataset
         examples = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
         per_block = np.array([block.stop - block.start for block in blocks])
+        repeated = size - len(examples)
+        examples = np.append(examples, np.full(repeated, examples[-1]))
+        per_block[-1] += repeated
+        labels = data.labels[examples]
+        labels[size - repeated :] = np.nan
         first = np.searchsorted(data.user, data.user[[block.start for block in blocks]])  # of the block's user
         skipped = np.maximum(data.seen[[block.start for block in blocks]] - self.max_seq_len, 0)
         lengths = data.seen[[block.stop - 1 for block in blocks]] - skipped
@@ -122,7 +135,7 @@ class RankingBatches:
             _keyed({name: _take(lists, examples) for name, lists in data.sparse.items()}),
             _keyed(sequences),
             torch.from_numpy(data.seen[examples] - np.repeat(skipped, per_block)),
-            torch.from_numpy(data.labels[examples]),
+            torch.from_numpy(labels),
             torch.from_numpy(examples),
         )
 

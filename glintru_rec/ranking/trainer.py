@@ -160,7 +160,7 @@ class RankingTrainer:
         shares: list = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (torch.cat(examples), torch.cat(predicted)))
         all_examples = torch.cat([share[0] for share in shares]).numpy()
-        places, first = np.unique(all_examples, return_index=True)  # blocks that fill up the ranks come twice
+        places, first = np.unique(all_examples, return_index=True)  # what fills up the ranks comes twice
         values = torch.cat([share[1] for share in shares])[first]
         metrics: dict[str, float] = {}
         for place, (name, kind) in enumerate(zip(self.weights, self.kinds)):
