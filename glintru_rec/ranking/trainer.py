@@ -92,6 +92,7 @@ class RankingTrainer:
             self.log.close()
         if self.checkpoints.last and self.checkpoints.last.error:
             raise InputError(f"the last checkpoint cannot be written ({self.checkpoints.last.error}); make room and resume")
+        dist.barrier()  # the first rank publishes checkpoints and drops old ones
         load_checkpoint(best_checkpoint(self.run_dir), self.model)
         return state
 
