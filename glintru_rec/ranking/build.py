@@ -19,10 +19,12 @@ from glintru_rec.tables.collections import distribute_collections, fill_rows, ta
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_run, load_unsharded
 from glintru_rec.training.checkpoint import load_plain
-from glintru_rec.training.processes import NO_STEP, seed_step
+from glintru_rec.training.processes import seed_step
 
 ITEM_TABLE = f"tower.embeddings.embeddings.{sequence_table(ITEM)}.weight"
 ENCODER = "tower.encoder."
+# A step that no run reaches: the seed of what happens before the first.
+NO_STEP = 2**40
 
 
 def load_encoder(run_dir: str | Path) -> Encoder:

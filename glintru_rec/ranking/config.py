@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from glintru_rec.config import check, one_of
 from glintru_rec.ranking.model import RankingModelConfig
 from glintru_rec.ranking.tower import TowerConfig
-from glintru_rec.tables.item_table import TableConfig
+from glintru_rec.tables.config import TableConfig
 
 
 @dataclass
@@ -111,7 +111,10 @@ class RankingConfig:
 
     def __post_init__(self):
         check("task", self.task, self.task == "ranking", "ranking here")
-        check("table.dtype", self.table.dtype, self.table.dtype == "fp32", "fp32 with task=ranking")
+        known = (("sharding", ("row_wise", "replicated")), ("dtype", ("fp32",)), ("kernel", ("fused",)))
+        for key, choices in known:
+            value = getattr(self.table, key)
+            check(f"table.{key}", value, value in choices, f"{' or '.join(choices)} with task=ranking")
 
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on."""

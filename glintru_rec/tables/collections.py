@@ -14,7 +14,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from glintru_rec.tables.item_table import TableConfig
+from glintru_rec.tables.config import TableConfig
 from glintru_rec.tables.sharding import FUSED
 
 # A table of fewer rows for each rank is not worth spreading: it goes whole to one rank, in turn.
