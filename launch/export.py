@@ -6,10 +6,10 @@ import torchx.specs as specs
 def py(*overrides: str) -> specs.AppDef:
     """Export a run's best checkpoint to an artifact that loads with torch alone.
 
-    Writes model.pt, the vocabulary and a manifest.
+    Writes model.pt, the item table, the vocabulary and a manifest.
 
     Args:
-        overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR and other hydra overrides
+        overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR precision=fp32|fp16|int8 and other hydra overrides
     """
     from glintru_rec.programs.launcher import app
 

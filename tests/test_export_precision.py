@@ -1,0 +1,195 @@
+"""Smaller item tables: what is stored, what the exported methods make of it, and what it costs on validation histories."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from glintru_rec.data.dataset import EvalCases
+from glintru_rec.data.vocabulary import Vocabulary
+from glintru_rec.encoders import LRURec
+from glintru_rec.errors import InputError
+from glintru_rec.export import Artifact, ScoringModule, Validation, export_artifact, item_files
+from glintru_rec.export.item_files import quantize_rows, read_items, write_items
+from glintru_rec.export.precision import measure_precision
+
+NUM_ITEMS, WIDTH, MAX_SEQ_LEN = 400, 16, 20
+VOCABULARY = Vocabulary(pa.array(np.arange(NUM_ITEMS)), np.ones(NUM_ITEMS, dtype=np.int64))
+TABLES = [(precision, kind) for precision in ("fp16", "int8") for kind in ("dot", "cosine", "bias")]
+
+
+def make_encoder():
+    torch.manual_seed(0)
+    return LRURec(WIDTH, num_blocks=1).eval().requires_grad_(False)
+
+
+def make_table(kind, scale=1.0):
+    """Rows of very different lengths; with a bias that is large beside them."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(NUM_ITEMS, WIDTH, generator=generator) * torch.rand(NUM_ITEMS, 1, generator=generator) * scale
+    bias = 100 * torch.randn(NUM_ITEMS, 1, generator=generator)
+    return torch.cat([rows, bias], dim=1) if kind == "bias" else rows
+
+
+def similarity_of(kind):
+    return "cosine" if kind == "cosine" else "dot"
+
+
+def make_cases(exact, num_cases=60):
+    """Histories of 1 to 25 items; the target is somewhere in the model's own top 12, or anywhere."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.arange(num_cases) % 25 + 1
+    items = torch.randint(NUM_ITEMS, (int(lengths.sum()),), generator=generator)
+    ids, _ = exact.top_k(items, lengths, 12)
+    targets = ids[torch.arange(num_cases), torch.arange(num_cases) % 12]
+    targets[::7] = torch.randint(NUM_ITEMS, (len(targets[::7]),), generator=generator)
+    offsets = np.concatenate([[0], lengths.cumsum(0).numpy()])
+    return EvalCases(items.numpy(), offsets, targets.numpy(), np.arange(num_cases))
+
+
+def export(output, kind, precision, table=None, **limits):
+    encoder = make_encoder()
+    table = make_table(kind) if table is None else table
+    cases = make_cases(ScoringModule(encoder, table, similarity_of(kind), MAX_SEQ_LEN))
+    return export_artifact(
+        encoder,
+        similarity_of(kind),
+        table,
+        VOCABULARY,
+        output,
+        max_seq_len=MAX_SEQ_LEN,
+        encoder_config={},
+        provenance={},
+        precision=precision,
+        validation=Validation(cases, **limits),
+    )
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_steps():
+    rows = make_table("dot").double().float()
+    rows[3] = 0
+    numbers, scales = quantize_rows(rows)
+    assert numbers.dtype == torch.int8
+    assert numbers.abs().amax(dim=1).tolist() == [0 if row == 3 else 127 for row in range(NUM_ITEMS)]
+    error = (rows.double() - numbers.double() * scales.double().unsqueeze(1)).abs()
+    assert bool((error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all())
+    assert scales[3] == 0
+
+
+@pytest.mark.parametrize(("precision", "kind"), [*TABLES, ("fp32", "dot"), ("fp32", "cosine"), ("fp32", "bias")])
+def test_blocks_of_a_table_make_one_file(precision, kind, tmp_path, monkeypatch):
+    table = make_table(kind)
+    for name in ("whole", "blocks"):
+        (tmp_path / name).mkdir()
+        write_items(table, WIDTH, kind == "cosine", precision, tmp_path / name)
+        monkeypatch.setattr(item_files, "_BLOCK_ROWS", 37)
+    names = item_files.item_files(precision, kind == "cosine", kind == "bias")
+    assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == sorted(names)
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
+    restored = read_items(tmp_path / "blocks")
+    assert restored.shape == table.shape
+    worst = {"fp32": 0.0, "fp16": 2.0**-11, "int8": 0.5 / 127}[precision]
+    scale = table[:, :WIDTH].abs().amax(dim=1, keepdim=True)
+    assert bool(((restored - table)[:, :WIDTH].abs() <= worst * 1.001 * scale).all())
+    if precision == "int8" and kind == "bias":
+        assert torch.equal(restored[:, WIDTH], table[:, WIDTH])
+
+
+@pytest.mark.parametrize(("precision", "kind"), TABLES)
+def test_exported_methods_rank_by_the_stored_rows(precision, kind, tmp_path):
+    manifest = export(tmp_path / "artifact", kind, precision, max_ndcg_loss=1.0)
+    assert manifest["precision"] == precision
+    assert json.loads((tmp_path / "artifact" / "manifest.json").read_text()) == manifest
+    assert all(figures["relative"] <= 1e-5 for name, figures in manifest["parity"].items() if name != "tolerance")
+    module = Artifact.load(tmp_path / "artifact").module
+    assert module.item_vectors.dtype == {"fp16": torch.float16, "int8": torch.int8}[precision]
+    lengths = torch.tensor([3, 0, 19])
+    item_ids = torch.arange(22) * 11
+    query = module.encode(item_ids, lengths)
+    vectors = module.vectors_of(torch.arange(NUM_ITEMS))
+    rows = read_items(tmp_path / "artifact")
+    truth = torch.nn.functional.normalize(rows, dim=1) if kind == "cosine" else rows
+    torch.testing.assert_close(vectors, truth, rtol=1e-6, atol=1e-6)
+    products = query.double() @ vectors.double().t()
+    ids, scores = module.top_k(item_ids, lengths, 7, False)
+    expected = products.topk(7, dim=1).values.float()
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6 * scale)
+    torch.testing.assert_close(products.gather(1, ids).float(), expected, rtol=0, atol=1e-6 * scale)
+    given = module.score(item_ids, lengths, torch.arange(60), torch.tensor([10, 20, 30]))
+    users = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
+    torch.testing.assert_close(given, products[users, torch.arange(60)].float(), rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("max_cases", [60, 1000, 17])
+def test_measures_are_those_of_the_definitions(max_cases, tmp_path):
+    """Against sets, sums and logarithms, one user at a time."""
+    table = make_table("dot")
+    export(tmp_path / "artifact", "dot", "int8", max_ndcg_loss=1.0)
+    module = Artifact.load(tmp_path / "artifact").module
+    exact = ScoringModule(make_encoder(), table, "dot", MAX_SEQ_LEN)
+    cases = make_cases(exact)
+    measured = measure_precision(module, exact, cases, max_cases)
+    chosen = sorted({int(place) for place in np.linspace(0, 59, min(60, max_cases))})
+    squares, spreads, overlaps, gains = [], [], {10: [], 100: []}, {"fp32": [], "int8": []}
+    for case in chosen:
+        history = torch.from_numpy(cases.history_items[cases.history_offsets[case] : cases.history_offsets[case + 1]])
+        lists = {}
+        for name, of in (("fp32", exact), ("int8", module)):
+            scores = of.encode(history, torch.tensor([len(history)])) @ of.vectors_of(torch.arange(NUM_ITEMS)).t()
+            scores[0, history] = -math.inf
+            lists[name] = scores[0], scores[0].topk(100).indices.tolist()
+            best = lists[name][1][:10]
+            gains[name].append(1 / math.log2(best.index(cases.targets[case]) + 2) if cases.targets[case] in best else 0.0)
+        best = lists["fp32"][1]
+        squares += ((lists["int8"][0] - lists["fp32"][0])[best] ** 2).tolist()
+        spreads.append(float(lists["fp32"][0][best].std(correction=0)))
+        for k, shares in overlaps.items():
+            shares.append(len(set(best[:k]) & set(lists["int8"][1][:k])) / k)
+    exact_ndcg, ndcg = np.mean(gains["fp32"]), np.mean(gains["int8"])
+    expected = {
+        "users": len(chosen),
+        "score_error": math.sqrt(np.mean(squares)),
+        "score_spread": np.mean(spreads),
+        "overlap@10": np.mean(overlaps[10]),
+        "overlap@100": np.mean(overlaps[100]),
+        "ndcg@10": ndcg,
+        "ndcg@10_fp32": exact_ndcg,
+        "ndcg@10_change": (ndcg - exact_ndcg) / exact_ndcg,
+    }
+    assert measured == pytest.approx(expected, rel=1e-3)
+    assert 0.5 < measured["overlap@100"] < 1  # rounding is seen, and is no other model
+
+
+def test_a_precision_that_loses_too_much_is_refused(tmp_path):
+    table = make_table("dot")
+    table[:, 0] = 100  # one column takes nearly all of a row's 255 steps, and tells no item from another
+    with pytest.raises(
+        InputError, match=r"precision=int8 loses \d.*% of NDCG@10 on 60 validation users .* max_ndcg_loss=0.50%"
+    ):
+        export(tmp_path / "artifact", "dot", "int8", table)
+    assert list(tmp_path.iterdir()) == []
+    manifest = export(tmp_path / "artifact", "dot", "int8", table, max_ndcg_loss=1.0)
+    assert manifest["validation"]["ndcg@10_change"] < -0.005
+    export(tmp_path / "half", "dot", "fp16", table)
+
+
+def test_what_cannot_be_measured_or_held_is_refused(tmp_path):
+    table = make_table("dot")
+    table[17, 3] = 70_000
+    with pytest.raises(InputError, match=r"item 17 has a component of 7e\+04, more than fp16 holds"):
+        export(tmp_path / "artifact", "dot", "fp16", table)
+    nothing = EvalCases(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    about = {"max_seq_len": 5, "encoder_config": {}, "provenance": {}}
+    arguments = (make_encoder(), "dot", make_table("dot"), VOCABULARY, tmp_path / "artifact")
+    with pytest.raises(InputError, match="no user with three events"):
+        export_artifact(*arguments, precision="fp16", validation=Validation(nothing), **about)
+    with pytest.raises(InputError, match="precision is 'int8'; it must be fp32 where there is no validation set"):
+        export_artifact(*arguments, precision="int8", **about)
+    with pytest.raises(InputError, match="precision is 'int4'; it must be one of fp32, fp16, int8"):
+        export_artifact(*arguments, precision="int4", **about)
+    assert list(tmp_path.iterdir()) == []
