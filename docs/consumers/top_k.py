@@ -19,7 +19,7 @@ def main(folder: str, k: int) -> None:
     model = torch.jit.load(f"{folder}/model.pt")
     model.open_items(folder)
     histories = [[index[item] for item in line.split() if item in index] for line in sys.stdin]
-    item_ids = torch.tensor(sum(histories, []), dtype=torch.int64)
+    item_ids = torch.tensor([item for history in histories for item in history], dtype=torch.int64)
     with torch.inference_mode():
         ids, scores = model.top_k(item_ids, torch.tensor([len(history) for history in histories]), k, True)
     for places, values in zip(ids.tolist(), scores.tolist()):

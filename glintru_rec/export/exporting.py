@@ -18,14 +18,18 @@ from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import ARTIFACT_VERSION, MANIFEST_FILE, MODEL_FILE, load_script
-from glintru_rec.export.item_files import PRECISIONS, item_files, read_items, write_items
+from glintru_rec.export.item_files import PRECISIONS, VECTORS_FILE, item_files, read_items, write_items
+from glintru_rec.export.mapped_array import map_array
 from glintru_rec.export.parity import TOLERANCE, measure_parity
 from glintru_rec.export.precision import measure_precision
+from glintru_rec.export.programs import check_exportable, program_file, write_programs
 from glintru_rec.export.recurrent_module import RecurrentScoringModule
 from glintru_rec.export.scoring_module import ScoringModule
-from glintru_rec.export.signature import signature
+from glintru_rec.export.signature import program_signature, signature
 from glintru_rec.files import check_free, folder_aside, sha256_of
 from glintru_rec.model import check_similarity
+
+FORMATS = ("torchscript", "pt2", "aoti")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def export_artifact(
     encoder_config: dict[str, Any],
     provenance: dict[str, Any],
     precision: str = "fp32",
+    format: str = "torchscript",
     validation: Validation | None = None,
 ) -> dict[str, Any]:
     """Write a model as an artifact that gives the scores the model gives. It appears at ``output`` whole or not at all.
@@ -69,6 +74,7 @@ def export_artifact(
         encoder_config: how the encoder was built, for the manifest.
         provenance: run directory, step, dataset fingerprint and whatever else tells where the model comes from.
         precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The encoder stays in fp32.
+        format: ``torchscript``; ``pt2``, of `torch.export`; or ``aoti``, compiled by AOTInductor (see `programs`).
         validation: what the precision is measured on; needed for others than fp32.
 
     Returns:
@@ -76,7 +82,8 @@ def export_artifact(
 
     Raises:
         InputError: the output folder is taken or cannot be written, or table and vocabulary differ in size, or table
-            and encoder in width, or there are biases with ``cosine``, or the precision loses more than is allowed.
+            and encoder in width, or there are biases with ``cosine``, or the precision loses more than is allowed, or the
+            format cannot hold the encoder or the precision.
         RuntimeError: the written module gives other scores than the model.
     """
     output = Path(output)
@@ -92,6 +99,9 @@ def export_artifact(
     check_similarity(similarity, item_bias=vector_dim > encoder.width)
     one_of("precision", precision, PRECISIONS)
     check("precision", precision, precision == "fp32" or validation is not None, "fp32 where there is no validation set")
+    one_of("format", format, FORMATS)
+    if format != "torchscript":
+        check_exportable(format, encoder, precision)
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
     is_cosine, item_bias = similarity == "cosine", vector_dim > encoder.width
@@ -100,11 +110,15 @@ def export_artifact(
         vocabulary.save(folder / VOCABULARY_FILE)
         write_items(item_vectors, encoder.width, is_cosine, precision, folder)
         tables = item_files(precision, is_cosine, item_bias)
-        module_class = RecurrentScoringModule if encoder.recurrent else ScoringModule
-        module = module_class(encoder, item_vectors[:0], similarity, max_seq_len, precision=precision).eval()
-        torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
-        written = load_script(folder / MODEL_FILE)
-        written.open_items(str(folder))
+        written: Any
+        if format == "torchscript":
+            written, models = _write_script(encoder, similarity, item_vectors[:0], max_seq_len, precision, folder), [MODEL_FILE]
+            methods = signature(vector_dim, encoder.state_size)
+        else:
+            stored = map_array(str(folder / VECTORS_FILE))
+            written = write_programs(format, encoder, similarity, stored, max_seq_len, folder)
+            methods = program_signature(vector_dim, encoder.state_size, str(stored.dtype).removeprefix("torch."))
+            models = [program_file(method) for method in methods]
         # The module must agree with the model whose table is the one written; what rounding the table costs is another matter.
         table = item_vectors if precision == "fp32" else read_items(folder)
         parity = measure_parity(written, encoder, similarity, table, max_seq_len)
@@ -116,12 +130,12 @@ def export_artifact(
             _check_loss(precision, measured, validation.max_ndcg_loss)
             measured["table_bytes"] = sum((folder / name).stat().st_size for name in tables)
             measured["table_bytes_fp32"] = item_vectors.numel() * item_vectors.element_size()
-        names = [MODEL_FILE, *tables, VOCABULARY_FILE]
+        names = [*models, *tables, VOCABULARY_FILE]
         manifest = {
             "artifact_version": ARTIFACT_VERSION,
-            "format": "torchscript",
+            "format": format,
             "precision": precision,
-            "signature": signature(vector_dim, encoder.state_size),
+            "signature": methods,
             "num_items": num_items,
             "embedding_dim": vector_dim,
             "max_seq_len": max_seq_len,
@@ -143,6 +157,17 @@ def export_artifact(
         }
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _write_script(
+    encoder: Encoder, similarity: str, no_items: Tensor, max_seq_len: int, precision: str, folder: Path
+) -> torch.jit.ScriptModule:
+    module_class = RecurrentScoringModule if encoder.recurrent else ScoringModule
+    module = module_class(encoder, no_items, similarity, max_seq_len, precision=precision).eval()
+    torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
+    written = load_script(folder / MODEL_FILE)
+    written.open_items(str(folder))
+    return written
 
 
 def encoder_sha256(encoder: Encoder) -> str:

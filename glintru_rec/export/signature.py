@@ -2,6 +2,9 @@
 
 from typing import Any
 
+TOP_K = 100
+"""Places of the lists that programs of ``pt2`` and ``aoti`` make."""
+
 
 def signature(vector_dim: int, state_size: int) -> dict[str, Any]:
     """Describe every method: T items of B histories, C candidates, n items; all of these may be 0. No state, no steps.
@@ -33,6 +36,19 @@ def signature(vector_dim: int, state_size: int) -> dict[str, Any]:
             "advance": {"inputs": [*histories, state], "outputs": [query, state]},
         }
     return methods
+
+
+def program_signature(vector_dim: int, state_size: int, table_dtype: str) -> dict[str, Any]:
+    """Describe every program of ``pt2`` and ``aoti``: the item table first, V items; E seen items; a state begins as zeros."""
+    items = _tensor("item_vectors", table_dtype, "V", vector_dim)
+    seen = [_tensor("seen_ids", "int64", "E"), _tensor("seen_lengths", "int64", "B")]
+    best = [_tensor("ids", "int64", "B", TOP_K), _tensor("scores", "float32", "B", TOP_K)]
+    methods = signature(vector_dim, state_size)
+    methods["top_k"] = {"inputs": methods["encode"]["inputs"] + seen, "outputs": best}
+    return {
+        name: {"inputs": [items, *methods[name]["inputs"]], "outputs": methods[name]["outputs"]}
+        for name in ("encode", "score", "top_k", "step", "advance")
+    }
 
 
 def _tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
 from glintru_rec.errors import InputError
-from glintru_rec.export.exporting import Validation, export_artifact
+from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
 from glintru_rec.export.item_files import PRECISIONS
 from glintru_rec.files import sha256_of
 from glintru_rec.programs.launcher import write_config
@@ -37,6 +37,8 @@ class ExportConfig:
     Attributes:
         checkpoint: a run directory.
         output: the artifact's folder; it must not exist, or be empty.
+        format: ``torchscript``, which the program score runs; or for servers, with one file for each method and for recurrent
+            encoders only: ``pt2``, of torch.export, and ``aoti``, compiled by AOTInductor for this kind of machine (minutes).
         precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The manifest says what the
             smaller ones cost on the validation users: error of scores, overlap of the top 10 and 100, change of NDCG@10.
         max_ndcg_loss: a precision that loses more of NDCG@10, relative to fp32, is refused.
@@ -45,12 +47,14 @@ class ExportConfig:
 
     checkpoint: str = MISSING
     output: str = MISSING
+    format: str = "torchscript"
     precision: str = "fp32"
     max_ndcg_loss: float = 0.005
     validation_users: int = 10_000
     data: ExportDataConfig = field(default_factory=ExportDataConfig)
 
     def __post_init__(self):
+        one_of("format", self.format, FORMATS)
         one_of("precision", self.precision, PRECISIONS)
         check("max_ndcg_loss", self.max_ndcg_loss, 0 <= self.max_ndcg_loss <= 1, "from 0 to 1")
         check("validation_users", self.validation_users, self.validation_users >= 1, "at least 1")
@@ -78,6 +82,7 @@ def export_run(config: ExportConfig) -> None:
             "dataset": {"name": dataset.name, "manifest_sha256": _fingerprint(dataset, state)},
         },
         precision=config.precision,
+        format=config.format,
         validation=None if config.precision == "fp32" else _validation(config, dataset, state),
     )
     write_config(config, Path(config.output) / "export.config.yaml")
