@@ -12,7 +12,7 @@ from glintru_rec.data.dataset import EvalCases
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import LRURec
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact, ScoringModule, Validation, export_artifact, item_files
+from glintru_rec.export import Artifact, ScoringModule, Validation, export_artifact, item_files, replace_items
 from glintru_rec.export.item_files import quantize_rows, read_items, write_items
 from glintru_rec.export.precision import measure_precision
 
@@ -193,3 +193,25 @@ def test_what_cannot_be_measured_or_held_is_refused(tmp_path):
     with pytest.raises(InputError, match="precision is 'int4'; it must be one of fp32, fp16, int8"):
         export_artifact(*arguments, precision="int4", **about)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("int8", "bias"), ("fp32", "cosine")])
+def test_another_catalog_for_the_same_encoder(precision, kind, tmp_path):
+    """It gives what an export of the encoder with that catalog gives; the model's file is the old one."""
+    export(tmp_path / "old", kind, precision, max_ndcg_loss=1.0)
+    table = make_table(kind)[:300].flip(0)
+    vocabulary = Vocabulary(pa.array([f"new-{i}" for i in range(300)]), np.ones(300, dtype=np.int64))
+    source = {"run": "another"}
+    manifest = replace_items(tmp_path / "old", table, vocabulary, tmp_path / "new", source)
+    assert manifest["provenance"] == {"items": source}
+    assert (tmp_path / "old/model.pt").read_bytes() == (tmp_path / "new/model.pt").read_bytes()
+    artifact = Artifact.load(tmp_path / "new")
+    assert artifact.vocabulary.item_ids == vocabulary.item_ids
+    assert artifact.fingerprint != Artifact.load(tmp_path / "old").fingerprint
+    exact = ScoringModule(make_encoder(), read_items(tmp_path / "new"), similarity_of(kind), MAX_SEQ_LEN)
+    item_ids, lengths = torch.arange(30) * 9, torch.tensor([10, 0, 20])
+    torch.testing.assert_close(artifact.module.top_k(item_ids, lengths, 5)[1], exact.top_k(item_ids, lengths, 5)[1])
+    for wrong, names in ((table[:, 1:], vocabulary), (table[1:], vocabulary)):
+        with pytest.raises(InputError, match="these must be the same"):
+            replace_items(tmp_path / "old", wrong, names, tmp_path / "other", source)
+    assert not (tmp_path / "other").exists()

@@ -97,7 +97,10 @@ def verify_files(path: Path, manifest: dict[str, Any], items_too: bool = True) -
             raise InputError(f"artifact {str(path)!r} lacks {name}; export it again")
         found, wanted = file.stat().st_size, manifest["bytes"].get(name)
         if found != wanted:
-            raise InputError(f"{name} of artifact {str(path)!r} has {found} bytes, {wanted} were exported; export it again")
+            raise InputError(
+                f"{name} of artifact {str(path)!r} is not the file that was exported: it has {found} bytes, not {wanted}; "
+                f"export it again"
+            )
         if (items_too or not name.endswith(".npy")) and sha256_of(file) != sha256:
             raise InputError(f"{name} of artifact {str(path)!r} is not the file that was exported; export it again")
 
