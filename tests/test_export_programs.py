@@ -146,7 +146,7 @@ def test_every_method_gives_what_the_model_gives(format, encoder, kind, outputs)
         out = outputs[1][f"{format}-{encoder}", name]
         query = query_of(model, ids, lengths)
         scores = query @ vectors.t()
-        scale = max(1.0, *scores.abs().flatten().tolist())
+        scale = max([1.0, *scores.abs().flatten().tolist()])
         close = {"rtol": 0, "atol": 1e-5 * scale}
         torch.testing.assert_close(out["encode"], query, **close)
         users = torch.arange(len(lengths)).repeat_interleave(candidate_lengths)
