@@ -8,13 +8,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from glintru_rec.data.dataset import EvalCases
+from glintru_rec.data.dataset import EvalCases, SequenceDataset
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import LRURec
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, ScoringModule, Validation, export_artifact, item_files, replace_items
 from glintru_rec.export.item_files import quantize_rows, read_items, write_items
 from glintru_rec.export.precision import measure_precision
+from glintru_rec.files import sha256_of
+from glintru_rec.programs.export import ExportConfig, ExportDataConfig, export_run
+from glintru_rec.scoring.catalog import Catalog
 
 NUM_ITEMS, WIDTH, MAX_SEQ_LEN = 400, 16, 20
 VOCABULARY = Vocabulary(pa.array(np.arange(NUM_ITEMS)), np.ones(NUM_ITEMS, dtype=np.int64))
@@ -105,7 +108,8 @@ def test_exported_methods_rank_by_the_stored_rows(precision, kind, tmp_path):
     assert manifest["precision"] == precision
     assert json.loads((tmp_path / "artifact" / "manifest.json").read_text()) == manifest
     assert all(figures["relative"] <= 1e-5 for name, figures in manifest["parity"].items() if name != "tolerance")
-    module = Artifact.load(tmp_path / "artifact").module
+    artifact = Artifact.load(tmp_path / "artifact")
+    module = artifact.module
     assert module.item_vectors.dtype == {"fp16": torch.float16, "int8": torch.int8}[precision]
     lengths = torch.tensor([3, 0, 19])
     item_ids = torch.arange(22) * 11
@@ -123,6 +127,9 @@ def test_exported_methods_rank_by_the_stored_rows(precision, kind, tmp_path):
     given = module.score(item_ids, lengths, torch.arange(60), torch.tensor([10, 20, 30]))
     users = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
     torch.testing.assert_close(given, products[users, torch.arange(60)].float(), rtol=0, atol=1e-6 * scale)
+    allowed = np.arange(5, NUM_ITEMS, 3)  # a scoring job's list
+    _, scores = Catalog(artifact, allowed).top_k_of(query, item_ids[:0], torch.zeros(3, dtype=torch.int64), 7)
+    torch.testing.assert_close(scores, products[:, allowed].topk(7, dim=1).values.float(), rtol=0, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("max_cases", [60, 1000, 17])
@@ -215,3 +222,19 @@ def test_another_catalog_for_the_same_encoder(precision, kind, tmp_path):
         with pytest.raises(InputError, match="these must be the same"):
             replace_items(tmp_path / "old", wrong, names, tmp_path / "other", source)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_program_measures_on_the_runs_dataset(run_dir, dataset_dir, tmp_path):
+    artifact = tmp_path / "artifact"
+    export_run(ExportConfig(str(run_dir), str(artifact), precision="int8"))
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    cases = SequenceDataset.open(dataset_dir).eval_cases("valid")
+    assert manifest["validation"]["users"] == cases.targets.size
+    assert manifest["validation"]["ndcg@10_change"] >= -0.005
+    fingerprint = sha256_of(dataset_dir / "manifest.json")
+    assert manifest["provenance"]["dataset"] == {"name": dataset_dir.name, "manifest_sha256": fingerprint}
+    gone = ExportConfig(str(run_dir), str(tmp_path / "other"), precision="fp16", data=ExportDataConfig(str(tmp_path)))
+    with pytest.raises(InputError, match=r"precision=fp16 is measured on the run's dataset, .*: give data\.path="):
+        export_run(gone)
+    with pytest.raises(InputError, match="max_ndcg_loss is 2; it must be from 0 to 1"):
+        ExportConfig(str(run_dir), str(tmp_path / "other"), max_ndcg_loss=2)
