@@ -1,4 +1,4 @@
-"""TorchScript artifact of a run."""
+"""Artifact of a run."""
 
 import torchx.specs as specs
 
@@ -6,10 +6,10 @@ import torchx.specs as specs
 def py(*overrides: str) -> specs.AppDef:
     """Export a run's best checkpoint to an artifact that loads with torch alone.
 
-    Writes model.pt, the vocabulary and a manifest.
+    Writes model.pt (or programs of pt2 or aoti), the item table, the vocabulary and a manifest.
 
     Args:
-        overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR and other hydra overrides
+        overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR format=torchscript|pt2|aoti precision=fp32|fp16|int8 and others
     """
     from glintru_rec.programs.launcher import app
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from torch import nn
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import GlintRU
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact, RecurrentScoringModule, ScoringModule, export_artifact
-from glintru_rec.export import artifact as artifact_module
+from glintru_rec.export import Artifact, RecurrentScoringModule, ScoringModule, export_artifact, exporting
+from glintru_rec.export.exporting import encoder_sha256
+from glintru_rec.files import sha256_of
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.model import SequenceModel
 
@@ -46,6 +48,7 @@ import torch
 torch.set_num_threads(1)
 for kind in sys.argv[1:]:
     module = torch.jit.load(f"{kind}/model.pt")
+    module.open_items(kind)
     outputs = []
     for item_ids, lengths, candidates, candidate_lengths in torch.load("batches.pt"):
         outputs.append([
@@ -271,14 +274,18 @@ def test_an_id_outside_the_catalog_is_refused(item_id):
 def test_manifest_says_what_the_artifact_is(tmp_path):
     manifest = export(make_model(similarity="cosine"), tmp_path / "artifact")
     assert json.loads((tmp_path / "artifact" / "manifest.json").read_text()) == manifest
-    assert manifest["artifact_version"] == 1
+    assert manifest["artifact_version"] == 2
     assert (manifest["format"], manifest["precision"], manifest["similarity"]) == ("torchscript", "fp32", "cosine")
     assert (manifest["num_items"], manifest["embedding_dim"], manifest["max_seq_len"]) == (NUM_ITEMS, WIDTH, MAX_SEQ_LEN)
     assert manifest["vocabulary_sha256"] == VOCABULARY.sha256
     assert manifest["provenance"] == {"run": "a-run", "step": 12}
     assert manifest["versions"]["torch"] == torch.__version__
-    assert set(manifest["files"]) == {"model.pt", "vocabulary/items.parquet"}
-    assert set(manifest["signature"]) == {"encode", "score", "top_k", "top_k_of", "init_state", "step", "advance"}
+    assert manifest["encoder_sha256"] == encoder_sha256(make_model().encoder)
+    assert set(manifest["files"]) == {"model.pt", "item_vectors.npy", "inverse_norms.npy", "vocabulary/items.parquet"}
+    for name, size in manifest["bytes"].items():
+        assert (tmp_path / "artifact" / name).stat().st_size == size
+    stateless = {"open_items", "encode", "score", "top_k", "top_k_of", "vectors_of"}
+    assert set(manifest["signature"]) == stateless | {"init_state", "step", "advance"}
     for method in ("encode", "score", "top_k", "step", "advance"):
         assert 0 <= manifest["parity"][method]["relative"] <= 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact"]
@@ -294,15 +301,17 @@ def test_signature_is_that_of_the_module(similarity, tmp_path):
     for method, signature in artifact.manifest["signature"].items():
         schema = getattr(module, method).schema
         assert [argument.name for argument in schema.arguments[1:]] == [entry["name"] for entry in signature["inputs"]]
-        sizes = {"T": 3, "B": 1, "C": 2, "k": 4}
+        sizes = {"T": 3, "B": 1, "C": 2, "n": 3, "k": 4}
         values = {"lengths": 3, "candidate_lengths": 2, "seen_lengths": 3, "k": 4, "exclude_seen": True, "batch_size": 1}
+        values["folder"] = str(artifact.path)
         inputs = []
         for entry in signature["inputs"]:
             value = values.get(entry["name"], 0)
             shape = [sizes.get(size, size) for size in entry.get("shape", [])]
             inputs.append(torch.full(shape, value, dtype=getattr(torch, entry["dtype"])) if shape else value)
         outputs = getattr(module, method)(*inputs)
-        for output, entry in zip(outputs if isinstance(outputs, tuple) else (outputs,), signature["outputs"], strict=True):
+        outputs = () if outputs is None else outputs if isinstance(outputs, tuple) else (outputs,)
+        for output, entry in zip(outputs, signature["outputs"], strict=True):
             assert list(output.shape) == [sizes.get(size, size) for size in entry["shape"]]
             assert str(output.dtype) == f"torch.{entry['dtype']}"
 
@@ -350,17 +359,16 @@ def test_a_module_that_differs_from_the_model_is_not_exported(broken, tmp_path, 
     else:
 
         class Broken(RecurrentScoringModule):
-            def __init__(self, encoder, item_vectors, similarity, max_seq_len):
+            def __init__(self, encoder, item_vectors, similarity, max_seq_len, precision):
                 wrong_length = max_seq_len - 1 if broken == "encode" else max_seq_len
-                super().__init__(encoder, item_vectors, similarity, wrong_length)
+                super().__init__(encoder, item_vectors, similarity, wrong_length, precision=precision)
                 if broken == "top_k":
-                    self.cosine = True
-                    self.item_scale = torch.full((item_vectors.size(0),), 1.001)
+                    self.score_scales = torch.full((NUM_ITEMS,), 1.001)
                 if broken == "advance":
                     self.first_state += 0.01
 
         module_class = Broken
-    monkeypatch.setattr(artifact_module, "RecurrentScoringModule", module_class)
+    monkeypatch.setattr(exporting, "RecurrentScoringModule", module_class)
     with pytest.raises(RuntimeError, match=r"the exported \w+ differs from the model by (nan|[\d.e-]+) at a scale of"):
         export(model, tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -433,17 +441,66 @@ class TestDamagedArtifact:
     def test_missing(self, tmp_path):
         self.refused(tmp_path / "nothing", "has no manifest.json")
 
-    @pytest.mark.parametrize("name", ["model.pt", "vocabulary/items.parquet"])
+    @pytest.mark.parametrize("name", ["model.pt", "item_vectors.npy", "vocabulary/items.parquet"])
     def test_file_missing(self, artifact, name):
         (artifact / name).unlink()
         self.refused(artifact, f"lacks {name}")
 
-    @pytest.mark.parametrize("name", ["model.pt", "vocabulary/items.parquet"])
+    @pytest.mark.parametrize("name", ["model.pt", "item_vectors.npy", "vocabulary/items.parquet"])
     def test_one_bit_flipped(self, artifact, name):
         content = bytearray((artifact / name).read_bytes())
         content[len(content) // 2] ^= 1
         (artifact / name).write_bytes(content)
         self.refused(artifact, f"{name} of artifact .* is not the file that was exported")
+
+    @pytest.mark.parametrize("name", ["model.pt", "item_vectors.npy", "vocabulary/items.parquet"])
+    def test_truncated(self, artifact, name):
+        size = (artifact / name).stat().st_size
+        os.truncate(artifact / name, size - 1)
+        self.refused(artifact, f"{name} of artifact .* has {size - 1} bytes, not {size}")
+
+    def test_items_that_are_not_verified(self, artifact):
+        """They are opened unread, but not with another size, nor another shape."""
+        with (artifact / "item_vectors.npy").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+        Artifact.load(artifact, verify_items=False)
+        half = np.load(artifact / "item_vectors.npy")[: NUM_ITEMS // 2]
+        np.save(artifact / "item_vectors.npy", half)
+        size = (artifact / "item_vectors.npy").stat().st_size
+        with pytest.raises(InputError, match=f"item_vectors.npy of artifact .* it has {size} bytes"):
+            Artifact.load(artifact, verify_items=False)
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        self.edit(artifact, bytes=manifest["bytes"] | {"item_vectors.npy": size})
+        with pytest.raises(InputError, match="has 150 rows, not 300"):
+            Artifact.load(artifact, verify_items=False)
+
+    def test_swapped_vocabulary(self, artifact):
+        """Also by one who corrects its checksum."""
+        reversed_ids = Vocabulary(pa.array(VOCABULARY.item_ids.to_numpy()[::-1]), VOCABULARY.counts)
+        reversed_ids.save(artifact / "vocabulary/items.parquet")
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        name = "vocabulary/items.parquet"
+        self.edit(
+            artifact,
+            files=manifest["files"] | {name: sha256_of(artifact / name)},
+            bytes=manifest["bytes"] | {name: (artifact / name).stat().st_size},
+        )
+        self.refused(artifact, "vocabulary/items.parquet of artifact .* is not the vocabulary of its model")
+
+    def test_another_models_file(self, artifact):
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(artifact / "model.pt"))
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        self.edit(
+            artifact,
+            files=manifest["files"] | {"model.pt": sha256_of(artifact / "model.pt")},
+            bytes=manifest["bytes"] | {"model.pt": (artifact / "model.pt").stat().st_size},
+        )
+        self.refused(artifact, "model.pt of artifact .* lacks open_items, encode, score")
+
+    def test_other_format(self, artifact):
+        self.edit(artifact, format="pt2")
+        self.refused(artifact, "has format 'pt2'; this program runs torchscript")
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "\x80"])
     def test_manifest_that_is_none(self, artifact, text):
@@ -451,12 +508,16 @@ class TestDamagedArtifact:
         self.refused(artifact, "manifest.json|artifact_version None")
 
     def test_other_version(self, artifact):
-        self.edit(artifact, artifact_version=2)
-        self.refused(artifact, "artifact_version 2, this program reads 1")
+        self.edit(artifact, artifact_version=1)
+        self.refused(artifact, "artifact_version 1, this program reads 2")
 
     def test_manifest_without_files(self, artifact):
         self.edit(artifact, files={})
         self.refused(artifact, "does not name its files")
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        del manifest["bytes"], manifest["precision"]
+        (artifact / "manifest.json").write_text(json.dumps(manifest))
+        self.refused(artifact, "manifest.json of artifact .* lacks precision, bytes")
 
     def test_other_vocabulary(self, artifact):
         self.edit(artifact, vocabulary_sha256="0" * 64)

@@ -610,6 +610,7 @@ ends = lengths.cumsum(0)
 outputs = {}
 for path in sys.argv[1:]:
     module = torch.jit.load(f"{path}/model.pt")
+    module.open_items(path)
     state = module.init_state(len(lengths))
     stepped, _ = module.advance(item_ids[:0], torch.zeros_like(lengths), state)  # of those who have no event
     for n in range(int(lengths.max())):  # one event at a time, of those who have one

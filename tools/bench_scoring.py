@@ -114,6 +114,7 @@ def bench_candidates(rows: int, candidates: int, num_items: int, dim: int, histo
     with TemporaryDirectory() as name:
         config = make_up(Path(name), rows, candidates, num_items, dim, history)
         module = torch.jit.load(f"{config.artifact}/model.pt")
+        module.open_items(config.artifact)
         vocabulary = Vocabulary.load(f"{config.artifact}/vocabulary/items.parquet")
         columns = Columns(config.user_column, config.history_column, config.candidates_column)
         (file,) = find_inputs(config.input)

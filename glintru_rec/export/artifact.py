@@ -4,46 +4,46 @@
 
     model.pt                   TorchScript of `ScoringModule`, or of `RecurrentScoringModule` where the encoder is recurrent,
                                for torch.jit.load in Python and torch::jit::load in C++
+    item_vectors.npy, …        the item table (see `item_files`), which the module's `open_items` maps into memory
     vocabulary/items.parquet   item_id, index, count: the module's item ids are the indices
-    manifest.json              signature, measured parity, where it came from, sha256 of the other two
+    manifest.json              what it is, measured, where it came from, and the size and sha256 of every other file
 
-The module's buffer ``item_vectors`` holds a row for each item. With ``similarity`` "dot" an item's score is ``query · row``;
-both have the manifest's ``embedding_dim`` numbers. With ``item_bias`` that is one more than the encoder's width: a row ends
-with the item's bias, a query with 1. With "cosine" the query has length 1, and the score is ``query · row / |row|``.
+Model and items are apart: opening takes no longer for a larger catalog, processes on a machine share the table's pages, and
+another catalog can take the place of an artifact's own (see `replace_items`).
+
+An artifact is a program: its methods run what whoever wrote it put there. Opening one runs nothing of it. Checksums tell
+damage and mistakes, not malice: who can change a file can change the manifest.
 """
 
-import copy
-import importlib.metadata
+import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.data.vocabulary import Vocabulary
-from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
-from glintru_rec.export.parity import TOLERANCE, measure_parity
-from glintru_rec.export.recurrent_module import RecurrentScoringModule
-from glintru_rec.export.scoring_module import ScoringModule
-from glintru_rec.files import check_free, folder_aside, sha256_of
-from glintru_rec.model import check_similarity
+from glintru_rec.export.item_files import VECTORS_FILE
+from glintru_rec.files import sha256_of
 
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt"
+# Keys of a manifest that reading relies on.
+_NEEDED = ("format", "precision", "signature", "num_items", "vocabulary_sha256", "files", "bytes", "versions", "encoder")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model, verified and loaded.
+    """An exported model, verified and opened.
 
     Attributes:
         path: its folder.
-        module: has the methods that ``manifest["signature"]`` names.
+        module: has the methods that ``manifest["signature"]`` names, and its items.
         vocabulary: between original item ids and the module's.
         manifest: as `export_artifact` wrote it.
     """
@@ -55,142 +55,62 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """What must be equal for a user's state to be of this model: its file and its vocabulary."""
-        return f"{self.manifest['files'][MODEL_FILE]}-{self.vocabulary.sha256}"
+        """What must be equal for a user's state to be of this model: encoder, item table and vocabulary."""
+        files = sorted((name, sha256) for name, sha256 in self.manifest["files"].items() if name != VOCABULARY_FILE)
+        return hashlib.sha256(json.dumps([files, self.vocabulary.sha256]).encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "Artifact":
-        """Read what `export_artifact` wrote, after a check that it is still what was written.
+    def load(cls, path: str | Path, device: str = "cpu", verify_items: bool = True) -> "Artifact":
+        """Open what `export_artifact` wrote, after a check that it is still what was written.
 
         Args:
             path: the artifact's folder.
             device: where the module will run.
+            verify_items: read the whole item table once, for its checksum. Without that its size alone is checked, and a
+                table of any size opens at once.
 
         Raises:
             InputError: the folder is no artifact or one of another version, or a file is missing or was changed.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
-        for name, sha256 in manifest["files"].items():
-            file = path / name
-            if not file.is_file():
-                raise InputError(f"artifact {str(path)!r} lacks {name}; export it again")
-            if sha256_of(file) != sha256:
-                raise InputError(f"{name} of artifact {str(path)!r} is not the file that was exported; export it again")
+        manifest = read_manifest(path)
+        if manifest["format"] != "torchscript":
+            raise InputError(f"artifact {str(path)!r} has format {manifest['format']!r}; this program runs torchscript")
+        verify_files(path, manifest, verify_items)
         vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
-        if vocabulary.sha256 != manifest["vocabulary_sha256"]:
+        if vocabulary.sha256 != manifest["vocabulary_sha256"] or vocabulary.num_items != manifest["num_items"]:
             raise InputError(f"{VOCABULARY_FILE} of artifact {str(path)!r} is not the vocabulary of its model; export it again")
-        return cls(path, torch.jit.load(str(path / MODEL_FILE), map_location=device), vocabulary, manifest)
+        return cls(path, _open_module(path, manifest, device), vocabulary, manifest)
 
 
-def export_artifact(
-    encoder: Encoder,
-    similarity: str,
-    item_vectors: Tensor,
-    vocabulary: Vocabulary,
-    output: str | Path,
-    *,
-    max_seq_len: int,
-    encoder_config: dict[str, Any],
-    provenance: dict[str, Any],
-) -> dict[str, Any]:
-    """Write a model as an artifact that gives the scores the model gives. It appears at ``output`` whole or not at all.
+def verify_files(path: Path, manifest: dict[str, Any], items_too: bool = True) -> None:
+    """Raise an `InputError` unless every file of an artifact is there, as long as it was, and with its checksum.
 
     Args:
-        encoder: trained; left as it is.
-        similarity: ``dot`` or ``cosine``.
-        item_vectors: the whole item table, ``[V, D]`` for an encoder of width D, or ``[V, D + 1]`` with each item's bias
-            last.
-        vocabulary: of the V items.
-        output: folder to make; it must not exist, or be empty.
-        max_seq_len: the encoder will see each history's last ``max_seq_len`` items.
-        encoder_config: how the encoder was built, for the manifest.
-        provenance: run directory, step, dataset fingerprint and whatever else tells where the model comes from.
+        path: the artifact's folder.
+        manifest: names the files.
+        items_too: read the item table for its checksum; otherwise its size is looked at.
+    """
+    for name, sha256 in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(f"artifact {str(path)!r} lacks {name}; export it again")
+        found, wanted = file.stat().st_size, manifest["bytes"].get(name)
+        if found != wanted:
+            raise InputError(
+                f"{name} of artifact {str(path)!r} is not the file that was exported: it has {found} bytes, not {wanted}; "
+                f"export it again"
+            )
+        if (items_too or not name.endswith(".npy")) and sha256_of(file) != sha256:
+            raise InputError(f"{name} of artifact {str(path)!r} is not the file that was exported; export it again")
 
-    Returns:
-        The manifest.
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read an artifact's manifest.
 
     Raises:
-        InputError: the output folder is taken or cannot be written, or table and vocabulary differ in size, or table
-            and encoder in width, or there are biases with ``cosine``.
-        RuntimeError: the written module gives other scores than the model.
+        InputError: there is none, or it is one of another version, or it lacks something.
     """
-    output = Path(output)
-    check_free("output", output)
-    num_items, vector_dim = item_vectors.shape
-    if num_items != vocabulary.num_items:
-        raise InputError(
-            f"the item table has {num_items} rows, the vocabulary {vocabulary.num_items} items; "
-            f"export a run with the dataset it was trained on"
-        )
-    if vector_dim not in (encoder.width, encoder.width + 1):
-        raise InputError(f"the item table is {vector_dim} wide, the encoder {encoder.width}; only a bias may be added to that")
-    check_similarity(similarity, item_bias=vector_dim > encoder.width)
-    encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
-    item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
-    with folder_aside(output) as folder:
-        (folder / VOCABULARY_FILE).parent.mkdir()
-        vocabulary.save(folder / VOCABULARY_FILE)
-        module_class = RecurrentScoringModule if encoder.recurrent else ScoringModule
-        module = module_class(encoder, item_vectors, similarity, max_seq_len).eval()
-        torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
-        parity = measure_parity(torch.jit.load(str(folder / MODEL_FILE)), encoder, similarity, item_vectors, max_seq_len)
-        for method, figures in parity.items():
-            if not figures["relative"] <= TOLERANCE:  # true for NaN too
-                raise RuntimeError(
-                    f"the exported {method} differs from the model by {figures['max_abs_difference']:.3g} at a scale of "
-                    f"{figures['scale']:.3g}; at most {TOLERANCE} of the scale is allowed, so nothing was written"
-                )
-        manifest = {
-            "artifact_version": ARTIFACT_VERSION,
-            "format": "torchscript",
-            "precision": "fp32",
-            "signature": _signature(vector_dim, encoder.state_size),
-            "num_items": num_items,
-            "embedding_dim": vector_dim,
-            "max_seq_len": max_seq_len,
-            "similarity": similarity,
-            "item_bias": vector_dim > encoder.width,
-            "encoder": encoder_config,
-            "vocabulary_sha256": vocabulary.sha256,
-            "provenance": provenance,
-            "versions": {"torch": torch.__version__, "glintru_rec": importlib.metadata.version("glintru_rec")},
-            "parity": {"tolerance": TOLERANCE, **parity},
-            "files": {name: sha256_of(folder / name) for name in (MODEL_FILE, VOCABULARY_FILE)},
-        }
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
-
-
-def _signature(vector_dim: int, state_size: int) -> dict[str, Any]:
-    """Describe every method: T items of B histories, C candidates; all of these may be 0. No state, no steps."""
-
-    def tensor(name: str, dtype: str, *shape: str | int) -> dict[str, Any]:
-        return {"name": name, "dtype": dtype, "shape": list(shape)}
-
-    histories = [tensor("item_ids", "int64", "T"), tensor("lengths", "int64", "B")]
-    candidates = [tensor("candidates", "int64", "C"), tensor("candidate_lengths", "int64", "B")]
-    options = [{"name": "k", "dtype": "int"}, {"name": "exclude_seen", "dtype": "bool", "default": True}]
-    query = tensor("query", "float32", "B", vector_dim)
-    seen = [tensor("seen_ids", "int64", "T"), tensor("seen_lengths", "int64", "B")]
-    best = [tensor("ids", "int64", "B", "k"), tensor("scores", "float32", "B", "k")]
-    signature: dict[str, Any] = {
-        "encode": {"inputs": histories, "outputs": [query]},
-        "score": {"inputs": histories + candidates, "outputs": [tensor("scores", "float32", "C")]},
-        "top_k": {"inputs": histories + options, "outputs": best},
-        "top_k_of": {"inputs": [query, *seen, options[0]], "outputs": best},
-    }
-    if state_size:
-        state = tensor("state", "float32", "B", state_size)
-        signature |= {
-            "init_state": {"inputs": [{"name": "batch_size", "dtype": "int"}], "outputs": [state]},
-            "step": {"inputs": [tensor("item_ids", "int64", "B"), state], "outputs": [query, state]},
-            "advance": {"inputs": [*histories, state], "outputs": [query, state]},
-        }
-    return signature
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
     except FileNotFoundError as error:
@@ -202,6 +122,50 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"artifact {str(path)!r} has artifact_version {version!r}, this program reads {ARTIFACT_VERSION}; export it again"
         )
-    if not {MODEL_FILE, VOCABULARY_FILE} <= set(manifest.get("files", ())) or "vocabulary_sha256" not in manifest:
+    missing = [key for key in _NEEDED if key not in manifest]
+    if missing:
+        raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
+    if not isinstance(manifest["files"], dict) or not {VECTORS_FILE, VOCABULARY_FILE} <= set(manifest["files"]):
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
     return manifest
+
+
+def load_script(path: Path, device: str = "cpu") -> torch.jit.ScriptModule:
+    """Load a TorchScript file, running nothing of it.
+
+    `torch.jit.load` unpickles tensors, plain values and the classes whose code lies in the file, and nothing else. The one
+    thing of a file that it runs is a class's ``__setstate__``, which can write files; ours have none.
+
+    Raises:
+        InputError: the file is no TorchScript, or would run something.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            code = [name for name in archive.namelist() if "/code/" in name]
+            if any(b"__setstate__" in archive.read(name) for name in code):
+                raise InputError(f"{str(path)!r} would run code of its own when it is loaded (__setstate__); do not trust it")
+        return torch.jit.load(str(path), map_location=device)
+    except (OSError, RuntimeError, torch.jit.Error, zipfile.BadZipFile) as error:
+        raise InputError(f"{str(path)!r} is no TorchScript that torch {torch.__version__} loads: {_last(error)}") from error
+
+
+def _open_module(path: Path, manifest: dict[str, Any], device: str) -> torch.jit.ScriptModule:
+    module = load_script(path / MODEL_FILE, device)
+    missing = [method for method in manifest["signature"] if not hasattr(module, method)]
+    if missing:
+        raise InputError(f"{MODEL_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
+    try:
+        module.open_items(str(path))
+    except (RuntimeError, torch.jit.Error) as error:
+        raise InputError(f"the item table of artifact {str(path)!r} cannot be opened: {_last(error)}") from error
+    if module.item_vectors.size(0) != manifest["num_items"]:
+        raise InputError(
+            f"{VECTORS_FILE} of artifact {str(path)!r} has {module.item_vectors.size(0)} rows, not "
+            f"{manifest['num_items']}; export it again"
+        )
+    return module
+
+
+def _last(error: BaseException) -> str:
+    """Give the last line of a message, which tells; TorchScript's own have a traceback before it."""
+    return (str(error).strip().splitlines() or [""])[-1]

@@ -23,6 +23,7 @@ class RecurrentScoringModule(ScoringModule):
         similarity: see `ScoringModule`.
         max_seq_len: see `ScoringModule`.
         max_block_cells: see `ScoringModule`.
+        precision: see `ScoringModule`.
     """
 
     first_state: Tensor
@@ -34,8 +35,9 @@ class RecurrentScoringModule(ScoringModule):
         similarity: str,
         max_seq_len: int,
         max_block_cells: int = MAX_BLOCK_CELLS,
+        precision: str = "fp32",
     ):
-        super().__init__(encoder, item_vectors, similarity, max_seq_len, max_block_cells)
+        super().__init__(encoder, item_vectors, similarity, max_seq_len, max_block_cells, precision)
         self.register_buffer("first_state", encoder.pack_state(encoder.init_state(1)))
 
     @torch.jit.export
@@ -79,7 +81,7 @@ class RecurrentScoringModule(ScoringModule):
         order = time_major(checked_offsets(lengths, item_ids), item_ids.size(0))
         events = item_ids.index_select(0, order.rows)
         ranked = state.index_select(0, order.ranking)
-        ranked_query = self._query(self.item_vectors.new_zeros([lengths.numel(), self.encoder.width]))
+        ranked_query = self._query(state.new_zeros([lengths.numel(), self.encoder.width]))
         start = 0
         for alive in order.alive:
             query, after = self.step(events[start : start + alive], ranked[:alive])

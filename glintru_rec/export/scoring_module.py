@@ -3,7 +3,7 @@
 Everything here is compiled by TorchScript, so the file it is saved to loads where this package is not installed.
 
 Shapes: T items of a ragged batch, B histories, C candidates of a ragged batch, D width of the encoder, Q numbers of a query or
-item vector (D, or D + 1 where items have a bias), V catalog, n items of a block.
+item vector (D, or D + 1 where items have a bias), W columns of the item table as stored (Q; int8 D), V catalog, n items.
 """
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.export.item_files import inverse_norms
+from glintru_rec.export.mapped_array import map_array
 from glintru_rec.jagged import keep_last, last_of_each, offsets_from_lengths, sequence_index
 
 MAX_BLOCK_CELLS = 1 << 24  # 64 MiB of float32
@@ -23,17 +25,28 @@ class ScoringModule(nn.Module):
     not depend on the rest of the batch. An empty history has the hidden vector 0, so every item scores 0, or its bias where
     items have one: a ranking by learnt popularity.
 
+    The item table is no part of the module's file: `open_items` maps it from the files beside.
+
     Args:
         encoder: turns item vectors into hidden vectors.
         item_vectors: the item table as trained, float32 ``[V, D]``, or ``[V, D + 1]`` with each item's bias last (``dot``
-            only). Kept as it is, not copied.
+            only). Kept as it is, not copied. V may be 0 until `open_items` is called.
         similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
         max_seq_len: the encoder sees each history's last ``max_seq_len`` items.
         max_block_cells: largest number of scores or features that `score` and `top_k_of` compute at once.
+        precision: of the files that `open_items` is to map: ``fp32``, ``fp16`` or ``int8``.
+
+    Attributes:
+        item_vectors: the table as stored, ``[V, W]``.
+        item_scales: what its rows are to be multiplied by, ``[V]``; empty where they are what they stand for.
+        item_biases: biases of the items, ``[V]``; empty where there are none, or the table has them.
+        score_scales: what products of query and stored row are to be multiplied by, ``[V]``, or empty.
     """
 
     item_vectors: Tensor
-    item_scale: Tensor
+    item_scales: Tensor
+    item_biases: Tensor
+    score_scales: Tensor
 
     def __init__(
         self,
@@ -42,21 +55,63 @@ class ScoringModule(nn.Module):
         similarity: str,
         max_seq_len: int,
         max_block_cells: int = MAX_BLOCK_CELLS,
+        precision: str = "fp32",
     ):
         super().__init__()
         self.encoder = encoder
         self.cosine = similarity == "cosine"
+        self.is_int8 = precision == "int8"
         self.item_bias = item_vectors.size(1) > encoder.width
         self.max_seq_len = max_seq_len
         self.max_block_cells = max_block_cells
         self.register_buffer("item_vectors", item_vectors)
-        # One number an item instead of a second, normalised table; the floor is that of torch.nn.functional.normalize.
-        scale = item_vectors.norm(dim=1).clamp(min=1e-12).reciprocal() if self.cosine else item_vectors.new_ones(0)
-        self.register_buffer("item_scale", scale)
+        self.register_buffer("item_scales", item_vectors.new_ones(0))
+        self.register_buffer("item_biases", item_vectors.new_ones(0))
+        # One number an item instead of a second, normalised table.
+        self.register_buffer("score_scales", inverse_norms(item_vectors) if self.cosine else item_vectors.new_ones(0))
 
     def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         """Do what `encode` does."""
         return self.encode(item_ids, lengths)
+
+    @torch.jit.export
+    def open_items(self, folder: str) -> None:
+        """Map the item table of an artifact into memory; it is read where and when it is needed (see `map_array`).
+
+        On another device than the CPU it is copied there, whole.
+
+        Args:
+            folder: of the artifact.
+
+        Raises:
+            RuntimeError: a file is missing or is no item table.
+        """
+        device = self.item_vectors.device
+        self.item_vectors = map_array(folder + "/item_vectors.npy").to(device)
+        if self.is_int8:
+            self.item_scales = map_array(folder + "/item_scales.npy").to(device)
+            self.score_scales = self.item_scales
+            if self.item_bias:
+                self.item_biases = map_array(folder + "/item_biases.npy").to(device)
+        if self.cosine:
+            self.score_scales = map_array(folder + "/inverse_norms.npy").to(device)
+
+    @torch.jit.export
+    def vectors_of(self, item_ids: Tensor) -> Tensor:
+        """Give the vectors of items: the score of an item is their dot product with the query.
+
+        Args:
+            item_ids: int64 ``[n]``.
+
+        Returns:
+            float32 ``[n, Q]``; of length 1 with ``cosine``.
+        """
+        vectors = self._stored(item_ids)
+        if self.score_scales.numel() > 0:
+            vectors = vectors * self.score_scales.index_select(0, item_ids).unsqueeze(1)
+        if self.item_biases.numel() > 0:
+            vectors = torch.cat([vectors, self.item_biases.index_select(0, item_ids).unsqueeze(1)], dim=1)
+        return vectors
 
     @torch.jit.export
     def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -67,8 +122,8 @@ class ScoringModule(nn.Module):
             lengths: items of each history, int64 ``[B]``, T in all.
 
         Returns:
-            query, float32 ``[B, Q]``. With ``dot`` an item's score is ``query · item_vectors[i]``, and where items have a
-            bias the query ends with 1; with ``cosine`` the query has length 1, and so must the item's vector.
+            query, float32 ``[B, Q]``: an item's score is its dot product with what `vectors_of` gives. Where items have a
+            bias the query ends with 1; with ``cosine`` it has length 1.
 
         Raises:
             ValueError: ``lengths`` do not add up to T.
@@ -99,12 +154,14 @@ class ScoringModule(nn.Module):
         rows = sequence_index(checked_offsets(candidate_lengths, candidates), candidates.size(0))
         block = max(1, self.max_block_cells // query.size(1))
         scores = query.new_empty(candidates.size(0))
+        query = query[:, : self.item_vectors.size(1)]
         for start in range(0, candidates.size(0), block):
             items = candidates[start : start + block]
-            products = query.index_select(0, rows[start : start + block]) * self.item_vectors.index_select(0, items)
-            block_scores = products.sum(1)
-            if self.cosine:
-                block_scores = block_scores * self.item_scale.index_select(0, items)
+            block_scores = (query.index_select(0, rows[start : start + block]) * self._stored(items)).sum(1)
+            if self.score_scales.numel() > 0:
+                block_scores = block_scores * self.score_scales.index_select(0, items)
+            if self.item_biases.numel() > 0:
+                block_scores = block_scores + self.item_biases.index_select(0, items)
             scores[start : start + block] = block_scores
         return scores
 
@@ -156,14 +213,17 @@ class ScoringModule(nn.Module):
         seen_rows = sequence_index(checked_offsets(seen_lengths, seen_ids), seen_ids.size(0))[order]
         best_ids = torch.full([query.size(0), k], -1, dtype=torch.int64, device=query.device)
         best_scores = torch.full([query.size(0), k], float("-inf"), dtype=query.dtype, device=query.device)
-        num_items = self.item_vectors.size(0)
-        block = max(1, self.max_block_cells // max(1, query.size(0)))
+        self._check_opened()
+        num_items, columns = self.item_vectors.size(0), self.item_vectors.size(1)
+        block = max(1, self.max_block_cells // max(1, query.size(0), columns))
         starts = torch.arange(0, num_items + block, block, device=query.device)
         seen_before: list[int] = torch.searchsorted(seen, starts).tolist()
         for i, start in enumerate(range(0, num_items, block)):
-            scores = torch.mm(query, self.item_vectors[start : start + block].t())
-            if self.cosine:
-                scores.mul_(self.item_scale[start : start + block])
+            scores = torch.mm(query[:, :columns], self.item_vectors[start : start + block].to(query.dtype).t())
+            if self.score_scales.numel() > 0:
+                scores.mul_(self.score_scales[start : start + block])
+            if self.item_biases.numel() > 0:
+                scores.add_(self.item_biases[start : start + block])
             here, there = seen_before[i], seen_before[i + 1]
             scores[seen_rows[here:there], seen[here:there] - start] = float("-inf")
             places = _best_places(scores, k)
@@ -177,7 +237,19 @@ class ScoringModule(nn.Module):
 
     def _embeddings(self, item_ids: Tensor) -> Tensor:
         """Look up what the encoder reads of items, ``[T, D]``."""
-        return self.item_vectors.index_select(0, item_ids)[:, : self.encoder.width]
+        rows = self._stored(item_ids)[:, : self.encoder.width]
+        if self.item_scales.numel() > 0:
+            rows = rows * self.item_scales.index_select(0, item_ids).unsqueeze(1)
+        return rows
+
+    def _stored(self, item_ids: Tensor) -> Tensor:
+        """Look up rows of the table as float32, ``[n, W]``."""
+        self._check_opened()
+        return self.item_vectors.index_select(0, item_ids).to(torch.float32)
+
+    def _check_opened(self) -> None:
+        if self.item_vectors.size(0) == 0:
+            raise ValueError("there are no items yet; call open_items with the folder of the artifact")
 
     def _query(self, hidden: Tensor) -> Tensor:
         """Make queries ``[B, Q]`` of hidden vectors ``[B, D]``, as `glintru_rec.model.SequenceModel` does."""

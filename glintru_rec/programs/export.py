@@ -1,15 +1,33 @@
 """The program export."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
-from glintru_rec.export.artifact import export_artifact
+from glintru_rec.config import check, one_of
+from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
+from glintru_rec.errors import InputError
+from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
+from glintru_rec.export.item_files import PRECISIONS
+from glintru_rec.files import sha256_of
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.tables.sharding import TABLE_KEY
-from glintru_rec.training.build import load_unsharded
+from glintru_rec.training.build import check_vocabulary, load_unsharded
+from glintru_rec.training.checkpoint import RunState
 from glintru_rec.training.processes import quiet_dependencies
+
+
+@dataclass
+class ExportDataConfig:
+    """What a precision below fp32 is measured on.
+
+    Attributes:
+        path: the dataset that the run was trained on; where it is not said, the place that the run remembers.
+    """
+
+    path: str = ""
 
 
 @dataclass
@@ -19,16 +37,35 @@ class ExportConfig:
     Attributes:
         checkpoint: a run directory.
         output: the artifact's folder; it must not exist, or be empty.
+        format: ``torchscript``, which the program score runs; or for servers, with one file for each method and for recurrent
+            encoders only: ``pt2``, of torch.export, and ``aoti``, compiled by AOTInductor for this kind of machine (minutes).
+        precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The manifest says what the
+            smaller ones cost on the validation users: error of scores, overlap of the top 10 and 100, change of NDCG@10.
+        max_ndcg_loss: a precision that loses more of NDCG@10, relative to fp32, is refused.
+        validation_users: users that a precision is measured on, at most.
     """
 
     checkpoint: str = MISSING
     output: str = MISSING
+    format: str = "torchscript"
+    precision: str = "fp32"
+    max_ndcg_loss: float = 0.005
+    validation_users: int = 10_000
+    data: ExportDataConfig = field(default_factory=ExportDataConfig)
+
+    def __post_init__(self):
+        one_of("format", self.format, FORMATS)
+        one_of("precision", self.precision, PRECISIONS)
+        check("max_ndcg_loss", self.max_ndcg_loss, 0 <= self.max_ndcg_loss <= 1, "from 0 to 1")
+        check("validation_users", self.validation_users, self.validation_users >= 1, "at least 1")
 
 
 def export_run(config: ExportConfig) -> None:
     """Write the artifact of a run's best checkpoint, and how far it is from the model."""
     quiet_dependencies()
-    config_of_run, state, vocabulary, model = load_unsharded(Path(config.checkpoint))
+    run_dir = Path(config.checkpoint)
+    config_of_run, state, vocabulary, model = load_unsharded(run_dir)
+    dataset = Path(config.data.path or config_of_run.data.path)
     manifest = export_artifact(
         model.encoder,
         model.similarity,
@@ -37,11 +74,50 @@ def export_run(config: ExportConfig) -> None:
         config.output,
         max_seq_len=config_of_run.data.max_seq_len,
         encoder_config=asdict(config_of_run.model),
-        provenance={"run": Path(config.checkpoint).name, "step": state.step, "valid_ndcg@10": state.best_value},
+        provenance={
+            "run": run_dir.name,
+            "step": state.step,
+            "valid_ndcg@10": state.best_value,
+            "model_fingerprint": state.model_fingerprint,
+            "dataset": {"name": dataset.name, "manifest_sha256": _fingerprint(dataset, state)},
+        },
+        precision=config.precision,
+        format=config.format,
+        validation=None if config.precision == "fp32" else _validation(config, dataset, state),
     )
     write_config(config, Path(config.output) / "export.config.yaml")
     for method, figures in manifest["parity"].items():
         if method == "tolerance":
             continue
         print(f"parity of {method:8} {figures['max_abs_difference']:.1e} at a scale of {figures['scale']:.1f}")
+    if manifest["validation"]:
+        _print_validation(manifest["validation"])
     print(f"written: {config.output}")
+
+
+def _validation(config: ExportConfig, path: Path, state: RunState) -> Validation:
+    if not (path / MANIFEST_FILE).is_file():
+        raise InputError(
+            f"precision={config.precision} is measured on the run's dataset, which is not at {str(path)!r}: give data.path=…"
+        )
+    dataset = SequenceDataset.open(path)
+    check_vocabulary(dataset, state, Path(config.checkpoint))
+    return Validation(dataset.eval_cases("valid"), config.max_ndcg_loss, config.validation_users)
+
+
+def _fingerprint(path: Path, state: RunState) -> str | None:
+    """Give the checksum of a dataset's manifest; None where the dataset is gone or was prepared anew."""
+    try:
+        is_the_runs = read_manifest(path)["vocabulary_sha256"] == state.vocabulary_sha256
+    except InputError:
+        return None
+    return sha256_of(path / MANIFEST_FILE) if is_the_runs else None
+
+
+def _print_validation(measured: dict[str, Any]) -> None:
+    print(
+        f"against fp32 on {measured['users']:,} validation users: NDCG@10 {measured['ndcg@10']:.4f} "
+        f"({measured['ndcg@10_change']:+.2%}), overlap of the top 10 {measured['overlap@10']:.4f}, of the top 100 "
+        f"{measured['overlap@100']:.4f}, error of scores {measured['score_error']:.1e} at a spread of "
+        f"{measured['score_spread']:.1e}"
+    )

@@ -35,14 +35,14 @@ class Catalog:
     """
 
     def __init__(self, artifact: Artifact, items: np.ndarray):
-        vectors: Tensor = artifact.module.item_vectors
-        self._items = torch.from_numpy(items).to(vectors.device)
-        self._places = torch.full([vectors.size(0)], -1, dtype=torch.int64, device=vectors.device)
-        self._places[self._items] = torch.arange(len(items), device=vectors.device)
+        module, device = artifact.module, artifact.module.item_vectors.device
+        self._items = torch.from_numpy(items).to(device)
+        self._places = torch.full([artifact.vocabulary.num_items], -1, dtype=torch.int64, device=device)
+        self._places[self._items] = torch.arange(len(items), device=device)
+        with torch.inference_mode():
+            vectors: Tensor = module.vectors_of(self._items)  # their dot product is the score, whatever the similarity
         width = vectors.size(1) - int(artifact.manifest.get("item_bias", False))
-        self._search = ScoringModule(
-            _NoEncoder(width), vectors[self._items], artifact.manifest["similarity"], artifact.manifest["max_seq_len"]
-        )
+        self._search = ScoringModule(_NoEncoder(width), vectors, "dot", artifact.manifest["max_seq_len"])
 
     def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""

@@ -20,6 +20,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from glintru_rec.errors import InputError
 from glintru_rec.tables.sharding import materialize_state
 from glintru_rec.training.averaging import WeightAverage
+from glintru_rec.training.checkpoint_reader import InertPlanner, InertReader
 
 
 @dataclass
@@ -89,7 +90,7 @@ def load_plain(checkpoint: Path, model: nn.Module) -> None:
 
 def _load(tensors: dict, checkpoint: Path, **options) -> None:
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint, **options)
+        dcp.load(tensors, storage_reader=InertReader(checkpoint), planner=InertPlanner(), **options)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # CheckpointException is no Exception
         raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {reason_of(error)}") from error
 

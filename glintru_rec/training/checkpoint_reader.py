@@ -1,0 +1,67 @@
+"""Read `torch.distributed.checkpoint` files without running what they say.
+
+That library unpickles a checkpoint's ``.metadata``, and values that are no tensors, with no restriction, so whoever writes
+into a run directory could run code on the machine that reads it. Both are read here first with all names refused but
+those that a checkpoint is made of; tensors the library itself reads with ``weights_only``.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from glintru_rec.errors import InputError
+
+_DESCRIPTIONS = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_DESCRIPTIONS, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_DESCRIPTIONS, f"{kind}Metadata") for kind in ("TensorStorage", "BytesStorage", "ChunkStorage")),
+    (_DESCRIPTIONS, "TensorProperties"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _ALLOWED:
+            raise InputError(f"its metadata names {module}.{name}, which no checkpoint needs; do not trust this file")
+        return super().find_class(module, name)
+
+
+class InertReader(FileSystemReader):
+    """A `FileSystemReader` that refuses metadata which would run anything."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the description of all tensors.
+
+        Raises:
+            InputError: it names anything but what tensors are described with.
+        """
+        for path in Path(self.path).glob("*.metadata"):
+            with path.open("rb") as file:
+                _MetadataUnpickler(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class InertPlanner(DefaultLoadPlanner):
+    """A `DefaultLoadPlanner` that refuses values which would run anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Read a value that is no tensor.
+
+        Raises:
+            pickle.UnpicklingError: it is made of more than ``torch.load`` allows with ``weights_only``.
+        """
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
