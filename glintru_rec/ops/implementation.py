@@ -48,4 +48,11 @@ def triton_kernels(op: str, implementation: str, *deciding: Tensor) -> ModuleTyp
         raise InputError(f"{op}: implementation is 'triton', but Triton is not installed or has no kernels for this op")
     if kernels is not None and implementation == "auto" and not kernels.takes(*deciding):
         return None
+    if implementation == "triton" and not (deciding[0].is_cuda or _triton_interprets()):
+        raise InputError(f"{op}: implementation is 'triton', but the input is on {deciding[0].device}, not on a GPU")
     return kernels
+
+
+def _triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU (its own TRITON_INTERPRET=1)."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
