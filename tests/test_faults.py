@@ -109,6 +109,56 @@ def test_a_signal_during_validation_saves_what_training_goes_on_with(dataset_dir
         assert trainer.state.step == step
 
 
+def test_a_signal_at_the_very_end_waits_for_the_last_checkpoint(dataset_dir, tmp_path):
+    with trainer_of(dataset_dir, tmp_path / "run", "trainer.max_epochs=1") as trainer:
+        finish = trainer._finish
+
+        def signal_and_finish() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            finish()
+
+        trainer._finish = signal_and_finish
+        trainer.fit()
+        assert (tmp_path / "run/finished.json").is_file()
+        assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_best_checkpoint_that_was_lost_is_not_reported(dataset_dir, tmp_path, capfd):
+    with trainer_of(dataset_dir, tmp_path / "run", "trainer.max_epochs=1") as trainer:
+        trainer.state.best_step, trainer.state.best_value = 1, 0.9  # the disk was full then
+        state = trainer.fit()
+    finished = json.loads((tmp_path / "run/finished.json").read_text())
+    assert finished["best_step"] == state.best_step == state.step
+    assert finished["valid_ndcg@10"] == state.value < 0.9
+    assert "step 1, ndcg@10 0.9000, could not be written" in capfd.readouterr().err
+
+
+def test_old_checkpoints_that_cannot_be_removed_spoil_no_new_one(dataset_dir, tmp_path, capfd):
+    with trainer_of(dataset_dir, tmp_path / "run", "trainer.keep_last=1") as trainer:
+        trainer.checkpoints.save(trainer.state)
+        trainer.checkpoints.wait()
+        (list_checkpoints(tmp_path / "run")[0] / "progress.json").write_text("damaged")
+        trainer.state.step = 1
+        trainer.checkpoints.save(trainer.state)
+        trainer.checkpoints.wait()
+        assert not trainer.checkpoints.last.error
+        assert read_state(list_checkpoints(tmp_path / "run")[-1]).step == 1
+    assert "old checkpoints could not be removed" in capfd.readouterr().err
+
+
+def test_other_batches_begin_the_epoch_anew_without_a_validation(dataset_dir, tmp_path):
+    with trainer_of(dataset_dir, tmp_path / "run", "trainer.max_steps=2", "trainer.checkpoint_every_steps=2") as trainer:
+        trainer.fit()
+    with process_group("cpu") as device:
+        overrides = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.batch_targets=900"]
+        config = compose("train", TrainConfig, [*overrides, "trainer.max_steps=3"])
+        trainer = Trainer(config, SequenceDataset.open(dataset_dir), device)
+        trainer.resume()
+        trainer.state.validated_step = -1  # as of a run that was killed at that step
+        trainer.fit()
+    assert [record["step"] for record in records(tmp_path / "run", "valid")] == [3]
+
+
 def test_the_newest_and_the_best_are_kept(dataset_dir, tmp_path):
     with trainer_of(dataset_dir, tmp_path / "run", "trainer.keep_last=2", "trainer.keep_best=2") as trainer:
         values = {1: 0.1, 2: 0.5, 3: 0.3, 4: None, 5: 0.5, 6: 0.2, 7: None, 8: 0.4}

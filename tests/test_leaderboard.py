@@ -163,7 +163,7 @@ def write_list(path: Path, **changes) -> Path:
 
 def quality(output: Path) -> list[dict]:
     """Everything of the runs but what a clock or a scale measured."""
-    measured = ("train_seconds", "targets_per_second", "peak_memory_bytes")
+    measured = ("train_seconds", "targets_per_second", "peak_memory_bytes", "checkpoint_stalled_seconds")
     kept = []
     for run in json.loads((output / "leaderboard.json").read_text())["runs"]:
         training = {name: value for name, value in run["training"].items() if name not in measured}

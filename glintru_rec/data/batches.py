@@ -88,6 +88,7 @@ class TrainingBatches:
         self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
         self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
         self.reversed_share, self.reversed_epochs = reversed_share, reversed_epochs
+        self.shuffled: tuple[int, _Windows] | None = None  # the windows of the epoch asked for last
         lengths = np.diff(offsets)
         self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
         if not self.num_targets.size:
@@ -138,6 +139,11 @@ class TrainingBatches:
         return self.reversed_share if epoch < self.reversed_epochs else 0.0
 
     def _shuffle(self, epoch: int) -> _Windows:
+        if self.shuffled is None or self.shuffled[0] != epoch:  # seconds for many windows, and asked for several times an epoch
+            self.shuffled = epoch, self._shuffle_anew(epoch)
+        return self.shuffled[1]
+
+    def _shuffle_anew(self, epoch: int) -> _Windows:
         rng = np.random.default_rng([self.seed, epoch])
         starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
         order = rng.permutation(starts.size)

@@ -77,7 +77,7 @@ def export_run(config: ExportConfig) -> None:
         provenance={
             "run": run_dir.name,
             "step": state.step,
-            "valid_ndcg@10": state.best_value,
+            "valid_ndcg@10": state.value,
             "model_fingerprint": state.model_fingerprint,
             "dataset": {"name": dataset.name, "manifest_sha256": _fingerprint(dataset, state)},
         },

@@ -18,7 +18,7 @@ from glintru_rec.ranking.tower import RunningMean, SequenceTower, sequence_table
 from glintru_rec.tables.collections import distribute_collections, fill_rows, table_parameters
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_run, load_unsharded
-from glintru_rec.training.checkpoint import load_plain
+from glintru_rec.training.checkpoint import best_checkpoint, load_plain
 from glintru_rec.training.processes import seed_step
 
 ITEM_TABLE = f"tower.embeddings.embeddings.{sequence_table(ITEM)}.weight"
@@ -41,7 +41,8 @@ def load_encoder(run_dir: str | Path) -> Encoder:
     Raises:
         InputError: no run directory, or its parts do not belong together.
     """
-    config, checkpoint, _ = load_run(Path(run_dir))
+    checkpoint = best_checkpoint(Path(run_dir))
+    config, _ = load_run(Path(run_dir), checkpoint)
     encoder = build_encoder(config.model.encoder, config.model.embedding_dim, config.model.options)
     load_plain(checkpoint, nn.ModuleDict({"encoder": encoder}))
     return encoder.eval()

@@ -16,7 +16,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.losses import LogUniform, NegativeSampler, Popularity, Uniform
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
-from glintru_rec.training.checkpoint import RunState, best_checkpoint, load_checkpoint, load_plain, read_state
+from glintru_rec.training.checkpoint import RunState, best_checkpoint, from_first_rank, load_checkpoint, load_plain, read_state
 from glintru_rec.training.config import LossConfig, TrainConfig
 from glintru_rec.training.processes import join_ids
 
@@ -53,14 +53,13 @@ def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: Trainin
     return NegativeSampler(Uniform(num_items), num_draws - from_batch, targets, from_batch, join)
 
 
-def load_run(run_dir: Path) -> tuple[TrainConfig, Path, RunState]:
-    """Read a run directory: its config, its best checkpoint, and where the run stood there."""
-    checkpoint = best_checkpoint(run_dir)
+def load_run(run_dir: Path, checkpoint: Path) -> tuple[TrainConfig, RunState]:
+    """Read a run directory: its config, and where the run stood at a checkpoint."""
     config = from_yaml(run_dir / "config.yaml", TrainConfig)
     state = read_state(checkpoint)
     if state.model_fingerprint != config.model_fingerprint():
         raise InputError(f"{checkpoint} was written by another model than {run_dir / 'config.yaml'} describes")
-    return config, checkpoint, state
+    return config, state
 
 
 def check_vocabulary(dataset: SequenceDataset, state: RunState, run_dir: Path) -> None:
@@ -76,7 +75,8 @@ def load_distributed(
     run_dir: Path, dataset: SequenceDataset, device: torch.device
 ) -> tuple[TrainConfig, DistributedModelParallel]:
     """Make the model of a run on all ranks, with the weights of its best checkpoint."""
-    config, checkpoint, state = load_run(run_dir)
+    checkpoint = _agreed_best(run_dir)
+    config, state = load_run(run_dir, checkpoint)
     check_vocabulary(dataset, state, run_dir)
     if device.type == "cpu":  # a run that kept rows in main memory beside a GPU has them there
         config = replace(config, table=replace(config.table, kernel="fused"))
@@ -93,9 +93,15 @@ def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: Sequence
     Raises:
         InputError: no run directory, of another vocabulary, or with tensors of other names or shapes.
     """
-    checkpoint = best_checkpoint(run_dir)
+    checkpoint = _agreed_best(run_dir)
     check_vocabulary(dataset, read_state(checkpoint), run_dir)
     load_checkpoint(checkpoint, model)
+
+
+def _agreed_best(run_dir: Path) -> Path:
+    checkpoint = from_first_rank(lambda: best_checkpoint(run_dir))
+    assert checkpoint is not None
+    return checkpoint
 
 
 class PlainRun(NamedTuple):
@@ -115,7 +121,8 @@ def load_unsharded(run_dir: Path) -> PlainRun:
     Raises:
         InputError: no run directory, or its parts do not belong together.
     """
-    config, checkpoint, state = load_run(run_dir)
+    checkpoint = best_checkpoint(run_dir)
+    config, state = load_run(run_dir, checkpoint)
     vocabulary = Vocabulary.load(run_dir / VOCABULARY_FILE)
     if vocabulary.sha256 != state.vocabulary_sha256:
         raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")

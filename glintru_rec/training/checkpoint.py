@@ -8,9 +8,12 @@ What bears the name ``step-…`` is whole.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -120,6 +123,31 @@ def read_state(checkpoint: Path) -> RunState:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List the whole checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Find the newest whole checkpoint of a run, if there is one."""
+    return next(reversed(list_checkpoints(run_dir)), None)
+
+
+def from_first_rank(choose: Callable[[], Path | None]) -> Path | None:
+    """Give all ranks the checkpoint that the first one finds.
+
+    A run directory may change while they look, or lie on a file system that shows them different states of it.
+
+    Raises:
+        InputError: what ``choose`` raised on the first rank, on all.
+    """
+    found: list[Path | InputError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [choose()]
+        except InputError as error:
+            found = [error]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -128,6 +128,8 @@ class CheckpointWriter:
 
     def _write(self, save: Save, tensors: dict[str, Any] | None) -> None:
         start = time.monotonic()
+        if self.model.device.type == "cuda":  # the current device is a thread's own, and copies are waited for on it
+            torch.cuda.set_device(self.model.device)
         target = folder_of(self.run_dir, save.state.step)
         partial = target.with_name(f".partial-{target.name}")
         is_first = dist.get_rank() == 0
@@ -142,7 +144,6 @@ class CheckpointWriter:
                 write_json((partial if tensors is not None else target) / "progress.json", asdict(save.state))
                 if tensors is not None:
                     publish(partial, target)
-                self._drop_old()
         except (CheckpointException, OSError, InputError) as error:  # CheckpointException is no Exception
             save.error = reason_of(error)
             if is_first:
@@ -152,15 +153,22 @@ class CheckpointWriter:
                 print(f"{what}; last good one: {good[-1] if good else 'none yet'}", file=sys.stderr, flush=True)
         except BaseException as error:
             self.failure = error
+        else:
+            if is_first:
+                self._drop_old()
         save.write_seconds = time.monotonic() - start
         self.ended.append(save)
 
     def _drop_old(self) -> None:
-        checkpoints = list_checkpoints(self.run_dir)
-        kept = {*checkpoints[-self.keep_last :], *rank_checkpoints(checkpoints)[: self.keep_best]}
-        for old in set(checkpoints) - kept:
-            # Under another name first: what is half removed must not pass for a checkpoint.
-            shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
+        """Remove what is no longer kept; where that fails, the checkpoint just written is none the worse."""
+        try:
+            checkpoints = list_checkpoints(self.run_dir)
+            kept = {*checkpoints[-self.keep_last :], *rank_checkpoints(checkpoints)[: self.keep_best]}
+            for old in set(checkpoints) - kept:
+                # Under another name first: what is half removed must not pass for a checkpoint.
+                shutil.rmtree(old.rename(old.with_name(f".partial-{old.name}")))
+        except (OSError, InputError) as error:
+            print(f"warning: old checkpoints could not be removed ({reason_of(error)})", file=sys.stderr, flush=True)
 
 
 def _copy(value: Any) -> Any:

@@ -28,11 +28,11 @@ def process_group(device: str, timeout_seconds: float | None = None) -> Iterator
         This rank's device. CUDA ranks talk over NCCL (and gloo for what lies on the CPU), others over gloo.
     """
     quiet_dependencies()
-    if device == "cuda" and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", "0")):
-        raise InputError(
-            f"device is 'cuda', but this machine has {torch.cuda.device_count()} CUDA device(s), one is needed per rank"
-        )
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", "0")):
+        raise InputError(
+            f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA device(s), one is needed per rank"
+        )
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     this_device = torch.device("cpu")

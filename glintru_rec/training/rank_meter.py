@@ -59,8 +59,8 @@ class RankMeter:
         if not torch.is_grad_enabled():  # a validation
             return
         if self.rows_per_rank:
-            asked = torch.bincount(torch.cat(ids) // self.rows_per_rank, minlength=self.world_size)
-            self.lookups = self.lookups.to(asked.device) + asked
+            owners = torch.cat(ids) // self.rows_per_rank
+            self.lookups = self.lookups.to(owners.device).index_add_(0, owners, torch.ones_like(owners))
         begin, place = _now(rows[0]), len(self.spans)
         self.spans.append((begin, begin))
 

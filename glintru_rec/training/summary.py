@@ -36,7 +36,8 @@ def summarize_records(path: Path, best_step: int) -> dict[str, float | int | Non
         "train_seconds": seconds,
         "targets_per_second": targets / seconds if seconds else None,
         "best_epoch": next((record["epoch"] for record in valid if record["step"] == best_step), None),
-        "num_checkpoints": sum(not record["failed"] for record in saves) if saves else None,
+        # One that is written stays; later records of its step only say more of it.
+        "num_checkpoints": len({record["step"] for record in saves if not record["failed"]}) if saves else None,
         "num_failed_checkpoints": sum(record["failed"] for record in saves) if saves else None,
         "checkpoint_stalled_seconds": sum(record["stalled_seconds"] for record in saves) if saves else None,
         **{name: max((record[name] for record in valid if name in record), default=None) for name in peaks},

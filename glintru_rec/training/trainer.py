@@ -23,7 +23,15 @@ from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
-from glintru_rec.training.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state
+from glintru_rec.training.checkpoint import (
+    RunState,
+    from_first_rank,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    rank_checkpoints,
+    read_state,
+)
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import StopSignals, seed_step
@@ -58,7 +66,8 @@ class Trainer:
         self.num_items = dataset.num_items
         check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device)
-        if config.trainer.init_from and not list_checkpoints(self.run_dir):  # a run that goes on has weights of its own
+        # A run that goes on has weights of its own.
+        if config.trainer.init_from and from_first_rank(lambda: newest_checkpoint(self.run_dir)) is None:
             warm_start(self.model, Path(config.trainer.init_from), dataset)
         dense = config.optimizer
         self.optimizer = build_optimizer(
@@ -105,32 +114,34 @@ class Trainer:
         self.meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
         self.recorded, self.lag_said = time.monotonic(), -math.inf
         self.protocol = Protocol(split="valid")
+        self.epoch_begun_anew = -1  # by a run that went on with other batches
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
-        checkpoints = list_checkpoints(self.run_dir)
-        if not checkpoints:
+        newest = from_first_rank(lambda: newest_checkpoint(self.run_dir))
+        if newest is None:
             return
-        state = read_state(checkpoints[-1])
+        state = read_state(newest)
         if state.model_fingerprint != self.state.model_fingerprint:
             raise InputError(
-                f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
+                f"{newest} was written by another model; resume with its config, or choose another output"
             )
         check_vocabulary(self.dataset, state, self.run_dir)
         if state.averaged != self.state.averaged:
             raise InputError(
-                f"{checkpoints[-1]} was written {'with' if state.averaged else 'without'} an average of the weights "
+                f"{newest} was written {'with' if state.averaged else 'without'} an average of the weights "
                 f"(optimizer.ema_decay): resume likewise, or choose another output"
             )
         if state.batching != self.state.batching:
             # Other batches, or data: start the epoch under way anew rather than skip or repeat parts of it.
             state.batches_in_epoch, state.batching = 0, self.state.batching
+            self.epoch_begun_anew = state.epoch
             if self.rank == 0:
                 print("batches or data are other ones than before: the epoch under way starts anew", flush=True)
-        load_checkpoint(checkpoints[-1], self.model, self.optimizer, self.average)
+        load_checkpoint(newest, self.model, self.optimizer, self.average)
         self.state = state
         if self.rank == 0:
-            print(f"resumed from {checkpoints[-1]} (step {state.step}, epoch {state.epoch + 1})", flush=True)
+            print(f"resumed from {newest} (step {state.step}, epoch {state.epoch + 1})", flush=True)
 
     def fit(self) -> RunState:
         """Train until the last epoch, the last step, or until validation stops improving.
@@ -140,6 +151,8 @@ class Trainer:
         """
         trainer, state = self.config.trainer, self.state
         self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
+        if self.rank == 0:
+            (self.run_dir / "finished.json").unlink(missing_ok=True)  # of a shorter run that now goes on
         ahead = self.batches.num_steps(state.epoch, state.batches_in_epoch)
         ahead += max(0, trainer.max_epochs - state.epoch - 1) * self.batches.num_steps(state.epoch)
         total = state.step + ahead
@@ -149,16 +162,8 @@ class Trainer:
                 self._fit()
             except Stopped as stopped:  # saved only here: validation, for one, has given the weights back by now
                 raise Stopped(f"{stopped}; last checkpoint: {self._save_at_once()}") from None
-        if self.rank == 0 and self._stalled():
-            print(f"stopped: {trainer.patience} validations without a better ndcg@10", flush=True)
-        self._wait_for_checkpoint()
-        last = self.checkpoints.last
-        if last and last.error:
-            raise InputError(f"the last checkpoint cannot be written ({last.error}); make room, go on by trainer.resume=true")
-        if self.log is not None:
-            self.log.close()
-            write_json(self.run_dir / "finished.json", self._summary())
-        return self.state
+            self._finish()
+        return state
 
     def _fit(self) -> None:
         while True:
@@ -178,8 +183,28 @@ class Trainer:
     def _is_validation_due(self) -> bool:
         """Whether validation follows on the epoch that has ended, now or before a signal came between."""
         state = self.state
-        at_its_end = 0 < state.step != state.validated_step and state.batches_in_epoch == 0
-        return at_its_end and state.epoch % self.config.trainer.validate_every_epochs == 0
+        if state.batches_in_epoch or state.validated_step == state.step or state.epoch == self.epoch_begun_anew:
+            return False
+        return state.step > 0 and state.epoch % self.config.trainer.validate_every_epochs == 0
+
+    def _finish(self) -> None:
+        """Wait for the last checkpoint and say how the run went; a signal still has to wait for this."""
+        state = self.state
+        if self.rank == 0 and self._stalled():
+            print(f"stopped: {self.config.trainer.patience} validations without a better ndcg@10", flush=True)
+        self._wait_for_checkpoint()
+        last = self.checkpoints.last
+        if last and last.error:
+            raise InputError(f"the last checkpoint cannot be written ({last.error}); make room, go on by trainer.resume=true")
+        if self.log is None:
+            return
+        self.log.close()
+        best = read_state(rank_checkpoints(list_checkpoints(self.run_dir))[0])
+        if best.step != state.best_step and best.value is not None:
+            lost = f"the checkpoint of step {state.best_step}, ndcg@10 {state.best_value:.4f}, could not be written"
+            print(f"warning: {lost}; the best there is: step {best.step}, {best.value:.4f}", file=sys.stderr, flush=True)
+            state.best_step, state.best_value = best.step, best.value
+        write_json(self.run_dir / "finished.json", self._summary())
 
     def _summary(self) -> dict:
         """Say how the run went, all its parts together."""
@@ -199,8 +224,7 @@ class Trainer:
         self.begin_epoch()
         self.recorded = time.monotonic()
         for batch in self.batches.epoch(state.epoch, state.batches_in_epoch):
-            sums = self.train_step(Batch(batch.item_ids.to(self.device), batch.offsets.to(self.device)))
-            self._add(sums, state.batches_in_epoch + self.rank)
+            self._add(self.train_step(batch), state.batches_in_epoch + self.rank)
             state.step += 1
             state.batches_in_epoch += self.world_size
             if state.step % trainer.log_every_steps == 0:
@@ -224,6 +248,9 @@ class Trainer:
 
         The table's rows change inside ``backward()``; the step exchanges embeddings between ranks once each way.
 
+        Args:
+            batch: on the CPU.
+
         Returns:
             Sum of this rank's losses and number of its targets, float64 ``[2]``.
         """
@@ -244,21 +271,22 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
+        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
         if self.whole_catalog:
             own = answered_ids(self.num_items)  # all ranks together have all
             own_ids = torch.arange(own.start, own.stop, device=self.device)
-            output = self.model(batch.item_ids, batch.offsets, own_ids, loss.horizon, loss.horizon_decay)
+            output = self.model(item_ids, offsets, own_ids, loss.horizon, loss.horizon_decay)
             vectors = (output.query, output.aim, output.negatives)
             return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
-        drawn = self.negatives.draw(target_ids.cpu())
+        drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
-        output = self.model(batch.item_ids, batch.offsets, negative_ids, loss.horizon, loss.horizon_decay)
+        output = self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay)
         return self.sampled_softmax(
             output.query,
             output.positive,
             output.negatives,
-            target_ids,
+            target_ids.to(self.device),
             negative_ids,
             log_q if loss.logq_correction else None,
             loss.temperature,
@@ -332,7 +360,7 @@ class Trainer:
         self._wait_for_checkpoint()
         if self.log is not None:
             self.log.close()
-        return next(reversed(list_checkpoints(self.run_dir)), None)
+        return newest_checkpoint(self.run_dir)
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
