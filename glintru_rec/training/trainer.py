@@ -123,9 +123,7 @@ class Trainer:
             return
         state = read_state(newest)
         if state.model_fingerprint != self.state.model_fingerprint:
-            raise InputError(
-                f"{newest} was written by another model; resume with its config, or choose another output"
-            )
+            raise InputError(f"{newest} was written by another model; resume with its config, or choose another output")
         check_vocabulary(self.dataset, state, self.run_dir)
         if state.averaged != self.state.averaged:
             raise InputError(
