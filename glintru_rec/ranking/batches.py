@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.ranking.dataset import ITEM, SPLITS, Lists, RankingDataset
 from glintru_rec.ranking.tower import CANDIDATE
 
@@ -31,7 +32,7 @@ class RankingBatch:
 
     Attributes:
         dense: float32 ``[B, F]``.
-        sparse: pooled features; stride B.
+        sparse: pooled features; stride B. Empty where the dataset has none.
         histories: the sequence features, and the candidates under `CANDIDATE`; stride S. The examples stand in the order of
             the candidates.
         seen: events of its history that an example may look at, int64 ``[B]``.
@@ -73,6 +74,9 @@ class RankingBatches:
         batch_examples: examples of a rank's batch, about: blocks stay whole.
         rank: of this process.
         world_size: number of ranks.
+
+    Raises:
+        InputError: no event of the period has a label.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class RankingBatches:
         self.dataset, self.max_seq_len = dataset, max_seq_len
         self.rank, self.world_size = rank, world_size
         chosen = np.flatnonzero((dataset.split == SPLITS.index(split)) & ~np.isnan(dataset.labels).all(axis=1))
+        if not len(chosen):
+            raise InputError(f"no event of the {split} period has a label of {', '.join(dataset.manifest['tasks'])}")
         self.num_examples = len(chosen)
         self.blocks = list(_blocks(chosen, dataset.user, block_examples))
         self.num_steps = max(1, round(self.num_examples / (batch_examples * world_size)))
@@ -157,6 +163,8 @@ def _take(lists: Lists, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keyed(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> KeyedJaggedTensor:
+    if not features:
+        return KeyedJaggedTensor.empty(values_dtype=torch.int64)
     values = np.concatenate([values for values, _ in features.values()])
     lengths = np.concatenate([lengths for _, lengths in features.values()])
     return KeyedJaggedTensor(list(features), torch.from_numpy(values), lengths=torch.from_numpy(lengths))
