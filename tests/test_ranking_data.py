@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from glintru_rec.encoders import GlintRU
+from glintru_rec.encoders import GlintRU, SASRec
 from glintru_rec.errors import InputError
 from glintru_rec.ranking.batches import RankingBatches
 from glintru_rec.ranking.dataset import RankingDataset
@@ -155,17 +155,19 @@ def test_a_dataset_needs_labels_but_no_sparse_features(ranking_data):
         RankingBatches(replace(data, labels=np.full_like(data.labels, np.nan)), "train", 10, 4, 64)
 
 
-def test_examples_that_share_a_history_get_what_each_alone_would(ranking_data):
+@pytest.mark.parametrize("encoder", [GlintRU, SASRec])
+def test_examples_that_share_a_history_get_what_each_alone_would(ranking_data, encoder):
     """Blocks of 1, the usual layout of impressions, and blocks of 16 predict the same; every example comes once."""
     data = RankingDataset.open(ranking_data)
     torch.manual_seed(0)
-    tower = SequenceTower(data.num_embeddings("sequence"), GlintRU(16, num_heads=2), init_std=0.5)
+    tower = SequenceTower(data.num_embeddings("sequence"), encoder(16, num_heads=2), init_std=0.5)
     config = RankingModelConfig(embedding_dim=8)
     model = RankingModel(["odd"], data.num_embeddings("sparse"), data.dense.shape[1], tower, config, 0.5).eval()
     predicted = {}
     for block in (1, 16):
         batches = RankingBatches(data, "valid", max_seq_len=1000, block_examples=block, batch_examples=100)
         got = [(batch.examples, model(batch)) for batch in batches.epoch()]
+        assert batches.longest_history == max(int(batch.histories["item"].lengths().max()) for batch in batches.epoch())
         examples = torch.cat([each for each, _ in got])
         assert sorted(examples.tolist()) == np.flatnonzero(data.split == 1).tolist()
         predicted[block] = torch.cat([each for _, each in got])[examples.argsort()]

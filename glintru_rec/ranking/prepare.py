@@ -90,9 +90,9 @@ class PrepareRankingConfig:
 def prepare_ranking(config: PrepareRankingConfig) -> dict[str, Any]:
     """Make a ranking dataset; it appears at ``config.output`` whole or not at all.
 
-    Every row of the log becomes an event, or is counted in the manifest with the (first) reason why not. The rows of the training
-    period also become ``train_log.parquet``, which ``launch/prepare.py`` takes: an encoder pre-trained on it has seen nothing
-    of validation and test.
+    Every row of the log becomes an event, or is counted in the manifest with the first reason why not. The rows of the
+    training period also become ``train_log.parquet``, which ``launch/prepare.py`` takes: an encoder pre-trained on it has
+    seen nothing of validation and test.
 
     Returns:
         The manifest.
