@@ -226,6 +226,14 @@ assert hidden.shape == (5, 64)
 hidden.sum().backward()
 torch.jit.script(encoder)
 
+from glintru_rec import *
+assert issubclass(SASRec, torch.nn.Module)
+assert not hasattr(glintru_rec, "SequenceTower")
+try:
+    glintru_rec.SequenceTower
+except AttributeError as error:
+    assert "SequenceTower needs glintru_rec installed with TorchRec" in str(error), error
+
 import importlib
 for name in sys.argv[1:]:
     importlib.import_module(name)

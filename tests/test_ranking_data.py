@@ -1,13 +1,14 @@
 """A ranking dataset: what each example may see, and batches that share histories."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from glintru_rec.encoders import GlintRU
+from glintru_rec.encoders import GlintRU, SASRec
 from glintru_rec.errors import InputError
 from glintru_rec.ranking.batches import RankingBatches
 from glintru_rec.ranking.dataset import RankingDataset
@@ -28,6 +29,7 @@ u1,i9,5,62
 u2,i3,1,soon
 u4,i2,4,70
 u4,i3,4,71
+,,2,never
 """
 FEATURES = {
     "tasks": {"like": "stars >= 4", "stars": "stars"},
@@ -54,8 +56,10 @@ def small(tmp_path):
 def test_every_event_knows_its_strict_past(small):
     manifest = prepare_ranking(small)
     data = RankingDataset.open(small.output)
-    assert manifest["set_aside"] == {"null_or_bad_user": 1, "null_or_bad_item": 0, "null_or_bad_time": 1}
+    assert manifest["set_aside"] == {"null_or_bad_user": 2, "null_or_bad_item": 0, "null_or_bad_time": 1}
     assert manifest["events"] == {"train": 6, "valid": 2, "test": 2}
+    # The last row, without a user, an item and a time, counts once.
+    assert sum(manifest["events"].values()) + sum(manifest["set_aside"].values()) == len(EVENTS.splitlines()) - 1
     # u1: i1@10 i2@30 i3@30 i1@50 i9@62    u2: i1@20 i2@40    u3: i1@61    u4: i2@70 i3@71
     assert data.user.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 3, 3]
     assert data.seen.tolist() == [0, 1, 1, 3, 4, 0, 1, 0, 0, 1]  # events of one time do not see each other
@@ -102,6 +106,10 @@ def test_every_event_knows_its_strict_past(small):
         ({"tasks": {"like": "starz > 3"}}, "starz"),
         ({"sparse": {"a b": "user_id"}}, "letters, digits and _"),
         ({"sequence": {"item": "item_id"}}, "without 'item'"),
+        ({"sequence": {"tags": "string_split(tags, ' ')"}}, r"sequence.tags gives list<.*>: a history has one value"),
+        ({"dense": {"tags": "tags"}}, "dense.tags gives string, which is no number"),
+        ({"tasks": {"who": "user_id"}}, "tasks.who gives string, which is no number"),
+        ({"time_column": "when"}, "no time_column 'when'; it has user_id, item_id, stars, timestamp"),
         ({"valid_share": 0.6}, "valid_share is 0.6"),
         ({"users": "events.csv"}, "one row each is needed"),
     ],
@@ -125,17 +133,41 @@ def test_a_damaged_dataset_is_refused(small, tmp_path):
         RankingDataset.open(tmp_path)
 
 
-def test_examples_that_share_a_history_get_what_each_alone_would(ranking_data):
+def test_a_sequence_feature_has_one_value_for_each_event(small, tmp_path):
+    small.time_column = "TimeStamp"  # DuckDB does not mind
+    prepare_ranking(small)
+    file = tmp_path / "dataset/events.parquet"
+    events = pq.read_table(file)
+    place = events.column_names.index("sequence:gap")
+    pq.write_table(events.set_column(place, "sequence:gap", events["sparse:tags"]), file)
+    with pytest.raises(InputError, match=r"'sequence:gap' has \d+ values for 10 events"):
+        RankingDataset.open(tmp_path / "dataset")
+
+
+def test_a_dataset_needs_labels_but_no_sparse_features(ranking_data):
+    data = RankingDataset.open(ranking_data)
+    data = replace(data, sparse={}, manifest={**data.manifest, "tasks": {"odd": "binary"}})
+    batch = next(RankingBatches(data, "train", 10, 4, 64).epoch()).to(torch.device("cpu"))
+    tower = SequenceTower(data.num_embeddings("sequence"), GlintRU(16, num_heads=2))
+    model = RankingModel(["odd"], {}, data.dense.shape[1], tower, RankingModelConfig(embedding_dim=8))
+    assert model(batch).shape == batch.labels.shape
+    with pytest.raises(InputError, match="no event of the train period has a label of odd"):
+        RankingBatches(replace(data, labels=np.full_like(data.labels, np.nan)), "train", 10, 4, 64)
+
+
+@pytest.mark.parametrize("encoder", [GlintRU, SASRec])
+def test_examples_that_share_a_history_get_what_each_alone_would(ranking_data, encoder):
     """Blocks of 1, the usual layout of impressions, and blocks of 16 predict the same; every example comes once."""
     data = RankingDataset.open(ranking_data)
     torch.manual_seed(0)
-    tower = SequenceTower(data.num_embeddings("sequence"), GlintRU(16, num_heads=2), init_std=0.5)
+    tower = SequenceTower(data.num_embeddings("sequence"), encoder(16, num_heads=2), init_std=0.5)
     config = RankingModelConfig(embedding_dim=8)
     model = RankingModel(["odd"], data.num_embeddings("sparse"), data.dense.shape[1], tower, config, 0.5).eval()
     predicted = {}
     for block in (1, 16):
         batches = RankingBatches(data, "valid", max_seq_len=1000, block_examples=block, batch_examples=100)
         got = [(batch.examples, model(batch)) for batch in batches.epoch()]
+        assert batches.longest_history == max(int(batch.histories["item"].lengths().max()) for batch in batches.epoch())
         examples = torch.cat([each for each, _ in got])
         assert sorted(examples.tolist()) == np.flatnonzero(data.split == 1).tolist()
         predicted[block] = torch.cat([each for _, each in got])[examples.argsort()]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -10,14 +12,17 @@ import torch.distributed.checkpoint as dcp
 from glintru_rec.config import compose
 from glintru_rec.errors import InputError
 from glintru_rec.programs.launcher import task_of
+from glintru_rec.programs.train_ranking import train_ranking
+from glintru_rec.ranking.batches import RankingBatch
 from glintru_rec.ranking.build import build_ranking_model, load_encoder
 from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.metrics import binary_metrics, number_metrics
+from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.tables.collections import MIN_ROWS_PER_RANK
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_unsharded
-from glintru_rec.training.checkpoint import best_checkpoint
+from glintru_rec.training.checkpoint import best_checkpoint, list_checkpoints, read_state
 from tests.conftest import run_program
 
 SMALL = ["task=ranking", "tower.width=16", "tower.options.num_heads=2", "model.embedding_dim=8", "trainer.batch_examples=128"]
@@ -41,6 +46,9 @@ def test_train_on_two_ranks_and_go_on_with_one(ranking_data, run_dir, tmp_path):
     run_program("train", *start, "trainer.resume=true")  # nothing is left to train: measured again, on one rank
     one = figures(out)
     assert one["steps"] == two["steps"] > 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    validated = {record["step"]: record["epoch"] for record in records if record["kind"] == "valid"}
+    assert one["best_epoch"] == two["best_epoch"] == validated[read_state(list_checkpoints(out)[-1]).best_step]
     for split in ("valid", "test"):
         assert one[split] == pytest.approx(two[split], abs=1e-5)
     refused = run_program("train", *start, "trainer.resume=true", "model.cross_rank=3", check=False)
@@ -76,6 +84,41 @@ def test_a_frozen_tower_is_the_retrieval_runs(ranking_data, run_dir, tmp_path):
     assert torch.equal(saved[item_key][1:], run.model.state_dict()[TABLE_KEY][torch.from_numpy(places)])
 
 
+def test_a_signal_stops_it_and_it_goes_on_from_the_last_epoch(ranking_data, tmp_path, monkeypatch):
+    """SIGTERM in the second of three epochs; the rest, and what comes out, is as if nothing had been."""
+    arguments = [
+        "task=ranking",
+        f"data.path={ranking_data}",
+        *SMALL,
+        "table=replicated",
+        "table.eps=1e-6",
+        "trainer.max_epochs=3",
+    ]
+    arguments += ["trainer.batch_examples=512"]
+
+    def train(name: str, *more: str) -> int:
+        return train_ranking(compose("train_ranking", RankingConfig, [*arguments, f"output={tmp_path / name}", *more]))
+
+    assert train("whole") == 0
+    whole = figures(tmp_path / "whole")
+    train_step, eps = RankingTrainer.train_step, set()
+
+    def struck(trainer: RankingTrainer, batch: RankingBatch) -> torch.Tensor:
+        eps.update(group["eps"] for group in trainer.optimizer.param_groups)
+        if trainer.state.step == whole["steps"] // 3 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RankingTrainer, "train_step", struck)
+        assert train("struck") == 75
+    assert eps == {1e-6, 1e-8}  # of the tables, and of all else
+    assert not (tmp_path / "struck/finished.json").exists()
+    assert read_state(list_checkpoints(tmp_path / "struck")[-1]).epoch == 1
+    assert train("struck", "trainer.resume=true") == 0
+    assert figures(tmp_path / "struck") == whole
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -86,6 +129,12 @@ def test_a_frozen_tower_is_the_retrieval_runs(ranking_data, run_dir, tmp_path):
         (["+data.tasks.click=1"], "data.tasks.click"),
         (["tower.features=[colour]"], "'colour'"),
         (["task=sorting"], "task is 'sorting'"),
+        (["+tower.options.colour=1"], "tower.options.colour is not an option of glint_ru"),
+        (["tower=sasrec", "data.max_seq_len=151"], r"tower.options.max_seq_len is 200; .* data.block_examples = 201"),
+        (["+tower.options.max_seq_len=x", "tower.encoder=sasrec"], "tower.options.max_seq_len is 'x'"),
+        (["experiment=ml100k_ranking", "table=row_wise"], "table.weight_decay=0.01: .* use 0"),
+        (["table.cache_load_factor=0.5"], "table.cache_load_factor is 0.5; it must be left as it is"),
+        (["table.topology.memory_gib=4"], "table.topology is {'memory_gib': 4.0, .* left as it is"),
     ],
 )
 def test_bad_config_is_one_clear_message(ranking_data, tmp_path, capsys, overrides, message):

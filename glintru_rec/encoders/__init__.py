@@ -13,28 +13,29 @@ from glintru_rec.errors import InputError
 ENCODERS: dict[str, type[Encoder]] = {"glint_ru": GlintRU, "rec_grela": RecGRELA, "lru_rec": LRURec, "sasrec": SASRec}
 
 
-def build_encoder(name: str, width: int, options: dict[str, Any]) -> Encoder:
+def build_encoder(name: str, width: int, options: dict[str, Any], section: str = "model") -> Encoder:
     """Make an encoder by its name in a config.
 
     Args:
         name: one of `ENCODERS`.
         width: features D.
         options: further arguments of its class.
+        section: of the config, for messages.
 
     Raises:
         InputError: no such encoder, or no such option, or an option out of range.
     """
     if name not in ENCODERS:
-        raise InputError(f"model.encoder is {name!r}; it must be one of {', '.join(ENCODERS)}")
+        raise InputError(f"{section}.encoder is {name!r}; it must be one of {', '.join(ENCODERS)}")
     known = [option for option in inspect.signature(ENCODERS[name]).parameters if option != "width"]
     for option in options:
         if option not in known:
-            raise InputError(f"model.options.{option} is not an option of {name}; it has {', '.join(known)}")
+            raise InputError(f"{section}.options.{option} is not an option of {name}; it has {', '.join(known)}")
     hints = get_type_hints(ENCODERS[name].__init__)
     for option, value in options.items():
         if not _is_a(value, hints[option]):
             kind = getattr(hints[option], "__name__", str(hints[option]))
-            raise InputError(f"model.options.{option} is {value!r}; {name} takes a value of type {kind}")
+            raise InputError(f"{section}.options.{option} is {value!r}; {name} takes a value of type {kind}")
     return ENCODERS[name](width, **options)
 
 

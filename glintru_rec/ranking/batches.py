@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.ranking.dataset import ITEM, SPLITS, Lists, RankingDataset
 from glintru_rec.ranking.tower import CANDIDATE
 
@@ -31,7 +32,7 @@ class RankingBatch:
 
     Attributes:
         dense: float32 ``[B, F]``.
-        sparse: pooled features; stride B.
+        sparse: pooled features; stride B. Empty where the dataset has none.
         histories: the sequence features, and the candidates under `CANDIDATE`; stride S. The examples stand in the order of
             the candidates.
         seen: events of its history that an example may look at, int64 ``[B]``.
@@ -65,6 +66,10 @@ class RankingBatches:
 
     Every rank takes the same number of steps, with at least one block in each.
 
+    Attributes:
+        longest_history: most events of a shared history: about ``max_seq_len + block_examples``, more where a user has many
+            events of one time, none of which saw the others.
+
     Args:
         dataset: opened.
         split: ``train``, ``valid`` or ``test``.
@@ -73,6 +78,9 @@ class RankingBatches:
         batch_examples: examples of a rank's batch, about: blocks stay whole.
         rank: of this process.
         world_size: number of ranks.
+
+    Raises:
+        InputError: no event of the period has a label.
     """
 
     def __init__(
@@ -88,8 +96,12 @@ class RankingBatches:
         self.dataset, self.max_seq_len = dataset, max_seq_len
         self.rank, self.world_size = rank, world_size
         chosen = np.flatnonzero((dataset.split == SPLITS.index(split)) & ~np.isnan(dataset.labels).all(axis=1))
+        if not len(chosen):
+            raise InputError(f"no event of the {split} period has a label of {', '.join(dataset.manifest['tasks'])}")
         self.num_examples = len(chosen)
         self.blocks = list(_blocks(chosen, dataset.user, block_examples))
+        starts, stops = np.array(self.blocks).T
+        self.longest_history = int((dataset.seen[stops - 1] - self._skipped(starts)).max())
         self.num_steps = max(1, round(self.num_examples / (batch_examples * world_size)))
         self.num_steps = max(1, min(self.num_steps, len(self.blocks) // world_size))
 
@@ -124,9 +136,10 @@ class RankingBatches:
         per_block[-1] += repeated
         labels = data.labels[examples]
         labels[size - repeated :] = np.nan
-        first = np.searchsorted(data.user, data.user[[block.start for block in blocks]])  # of the block's user
-        skipped = np.maximum(data.seen[[block.start for block in blocks]] - self.max_seq_len, 0)
-        lengths = data.seen[[block.stop - 1 for block in blocks]] - skipped
+        starts, stops = np.array(blocks).T
+        first = np.searchsorted(data.user, data.user[starts])  # of the block's user
+        skipped = self._skipped(starts)
+        lengths = data.seen[stops - 1] - skipped
         events = np.concatenate([np.arange(at, at + length) for at, length in zip(first + skipped, lengths)])
         sequences = {name: (values[events], lengths) for name, values in data.sequence.items()}
         sequences[CANDIDATE] = (data.sequence[ITEM][examples], per_block)
@@ -138,6 +151,10 @@ class RankingBatches:
             torch.from_numpy(labels),
             torch.from_numpy(examples),
         )
+
+    def _skipped(self, starts: np.ndarray) -> np.ndarray:
+        """Give how many of the user's first events no example of a block looks at."""
+        return np.maximum(self.dataset.seen[starts] - self.max_seq_len, 0)
 
 
 def _blocks(chosen: np.ndarray, user: np.ndarray, size: int) -> Iterator[_Block]:
@@ -157,6 +174,8 @@ def _take(lists: Lists, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keyed(features: dict[str, tuple[np.ndarray, np.ndarray]]) -> KeyedJaggedTensor:
+    if not features:
+        return KeyedJaggedTensor.empty(values_dtype=torch.int64)
     values = np.concatenate([values for values, _ in features.values()])
     lengths = np.concatenate([lengths for _, lengths in features.values()])
     return KeyedJaggedTensor(list(features), torch.from_numpy(values), lengths=torch.from_numpy(lengths))

@@ -15,7 +15,7 @@ from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import ITEM, RankingDataset
 from glintru_rec.ranking.model import RankingModel
 from glintru_rec.ranking.tower import RunningMean, SequenceTower, sequence_table
-from glintru_rec.tables.collections import distribute_collections, fill_rows, table_parameters
+from glintru_rec.tables.collections import distribute_collections, table_parameters, write_known_rows
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import load_run, load_unsharded
 from glintru_rec.training.checkpoint import best_checkpoint, load_plain
@@ -62,7 +62,7 @@ def task_weights(config: RankingConfig, dataset: RankingDataset) -> dict[str, fl
 
 
 def build_ranking_model(config: RankingConfig, dataset: RankingDataset, device: torch.device) -> RankingModel:
-    """Make a fresh model, its tables on ``device``; the weights follow from ``config.trainer.seed``."""
+    """Make a fresh model, its tables on ``device``; weights that are not on ``meta`` follow from ``config.trainer.seed``."""
     torch.manual_seed(config.trainer.seed)
     tower = None
     if config.tower.encoder != "none":
@@ -89,7 +89,7 @@ def _build_tower_encoder(config: RankingConfig) -> Encoder:
     tower = config.tower
     if tower.encoder == "mean":
         return RunningMean(tower.width)
-    encoder = build_encoder(tower.encoder, tower.width, tower.options)
+    encoder = build_encoder(tower.encoder, tower.width, tower.options, "tower")
     if tower.init_from:
         trained = load_encoder(tower.init_from)
         try:
@@ -119,7 +119,7 @@ def build_distributed_ranking(
     distributed = distribute_collections(model.to(device) if not sharded else model, config.table, device, {ITEM_TABLE: scale})
     if config.tower.init_from:
         rows, known = retrieval_rows(Path(config.tower.init_from), dataset)
-        fill_rows(distributed, ITEM_TABLE, rows, known)
+        write_known_rows(distributed, ITEM_TABLE, rows, known)
 
     parameters = {
         name: parameter
@@ -138,8 +138,9 @@ def build_distributed_ranking(
                 ]
                 own = config.table if is_table else config.optimizer
                 rate = own.learning_rate * (scale if is_encoder else 1.0)
+                options = {"eps": config.table.eps} if is_table else {}
                 if chosen:
-                    groups.append({"params": chosen, "lr": rate, "weight_decay": own.weight_decay})
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": own.weight_decay, **options})
         return torch.optim.AdamW(groups, fused=True)
 
     parts = [("dense", KeyedOptimizerWrapper(parameters, factory))]

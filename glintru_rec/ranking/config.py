@@ -1,6 +1,7 @@
 """Everything that decides a ranking run: the schema of ``configs/train_ranking.yaml`` and of its run directories."""
 
 import hashlib
+import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
+from glintru_rec.encoders import SASRec
 from glintru_rec.ranking.model import RankingModelConfig
 from glintru_rec.ranking.tower import TowerConfig
 from glintru_rec.tables.config import TableConfig
@@ -115,6 +117,20 @@ class RankingConfig:
         for key, choices in known:
             value = getattr(self.table, key)
             check(f"table.{key}", value, value in choices, f"{' or '.join(choices)} with task=ranking")
+        default, share = TableConfig(), self.table.cache_load_factor
+        check("table.cache_load_factor", share, share == default.cache_load_factor, "left as it is: task=ranking has no cache")
+        topology = asdict(self.table.topology)
+        check("table.topology", topology, topology == asdict(default.topology), "left as it is: task=ranking has no planner")
+        longest, span = self.data.max_seq_len + self.data.block_examples, self.encoder_span
+        allowed = f"at least data.max_seq_len + data.block_examples = {longest}: a longer shared history would be cut"
+        check("tower.options.max_seq_len", span, span is None or (isinstance(span, int) and span >= longest), allowed)
+
+    @property
+    def encoder_span(self) -> int | None:
+        """Most events of a history that the tower's encoder encodes as one; None: any number."""
+        if self.tower.encoder != "sasrec":
+            return None
+        return self.tower.options.get("max_seq_len", inspect.signature(SASRec).parameters["max_seq_len"].default)
 
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on."""

@@ -73,7 +73,8 @@ class RankingDataset:
         """Read a dataset.
 
         Raises:
-            InputError: a file is missing or corrupt, or an id is out of its table's range.
+            InputError: a file is missing or corrupt, an id is out of its table's range, or a history's feature has not one
+                value for each event.
         """
         path = Path(path)
         try:
@@ -89,6 +90,11 @@ class RankingDataset:
         features = {name: _lists(events[name].chunk(0)) for name in manifest["num_embeddings"]}
         for name, lists in features.items():
             rows = manifest["num_embeddings"][name]
+            if not name.startswith("sparse:") and len(lists.values) != len(events):
+                raise InputError(
+                    f"{path / EVENTS_FILE}: column {name!r} has {len(lists.values)} values for {len(events)} events; "
+                    "a sequence feature has one each: prepare it again"
+                )
             if len(lists.values) and not 0 <= lists.values.min() <= lists.values.max() < rows:
                 raise InputError(f"{path / EVENTS_FILE}: column {name!r} holds an id outside [0, {rows}); prepare it again")
         return cls(

@@ -90,15 +90,16 @@ class PrepareRankingConfig:
 def prepare_ranking(config: PrepareRankingConfig) -> dict[str, Any]:
     """Make a ranking dataset; it appears at ``config.output`` whole or not at all.
 
-    Every row of the log becomes an event, or is counted in the manifest with the reason why not. The rows of the training
-    period also become ``train_log.parquet``, which ``launch/prepare.py`` takes: an encoder pre-trained on it has seen nothing
-    of validation and test.
+    Every row of the log becomes an event, or is counted in the manifest with the first reason why not. The rows of the
+    training period also become ``train_log.parquet``, which ``launch/prepare.py`` takes: an encoder pre-trained on it has
+    seen nothing of validation and test.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: a file cannot be read, an expression is wrong, or a period has no event.
+        InputError: a file cannot be read or lacks a column, an expression is wrong or of the wrong type, or a period has no
+            event.
     """
     output = Path(config.output)
     check_free("output", output)
@@ -130,20 +131,26 @@ def _stage(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> dict[
             if total != distinct:
                 raise InputError(f"{table}={location} has {total} rows for {distinct} ids in {key}; one row each is needed")
             joins += f" LEFT JOIN {table} USING ({key})"
-    kind = dict(db.execute("SELECT column_name, column_type FROM (DESCRIBE numbered)").fetchall())[config.time_column]
+    columns = dict(db.execute("SELECT column_name, column_type FROM (DESCRIBE events)").fetchall())
+    # DuckDB knows a column by its name in upper and lower case alike.
+    kind = {name.lower(): kind for name, kind in columns.items()}.get(config.time_column.lower())
+    if kind is None:
+        raise InputError(f"events={config.events} has no time_column {config.time_column!r}; it has {', '.join(columns)}")
     number = f"epoch_us({time}::TIMESTAMP)" if kind.startswith(("TIMESTAMP", "DATE")) else f"TRY_CAST({time} AS BIGINT)"
     db.execute(f"""CREATE TABLE joined AS SELECT *, {user} AS event_user, {item} AS event_item, {number} AS event_time
         FROM numbered{joins}""")
-    nulls = {name: f"event_{name} IS NULL" for name in ("user", "item", "time")}
-    counts = db.execute(f"SELECT {', '.join(f'count_if({is_null})' for is_null in nulls.values())} FROM joined").fetchall()[0]
-    usable = f"NOT ({' OR '.join(nulls.values())})"
+    parts = ("user", "item", "time")
+    # A row counts once: for the first of its parts that is missing.
+    reason = f"CASE {' '.join(f'WHEN event_{part} IS NULL THEN {part!r}' for part in parts)} END"
+    counts = dict(db.execute(f"SELECT {reason}, count(*) FROM joined GROUP BY ALL").fetchall())
+    usable = f"{reason} IS NULL"
     bounds = [round(1 - config.valid_share - config.test_share, 9), round(1 - config.test_share, 9)]
     (limits,) = db.execute(f"SELECT quantile_disc(event_time, {bounds}) FROM joined WHERE {usable}").fetchall()[0]
     if limits is None:
         raise InputError(f"events={config.events} has no row with a user, an item and a time")
     split = " + ".join(f"(event_time > {limit})::INT" for limit in limits)
     db.execute(f"CREATE TABLE staged AS SELECT *, {split} AS event_split FROM joined WHERE {usable}")
-    return {f"null_or_bad_{name}": count for name, count in zip(nulls, counts)}
+    return {f"null_or_bad_{part}": counts.get(part, 0) for part in parts}
 
 
 def _compute(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> pa.Table:
@@ -179,12 +186,15 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
         name: events[name] for name in events.column_names if name.startswith(("sparse:", "sequence:"))
     }
     for name, column in categorical.items():
+        if name.startswith("sequence:") and pa.types.is_nested(column.type):
+            raise InputError(
+                f"{name.replace(':', '.')} gives {column.type}: a history has one value of each event; lists belong in sparse"
+            )
         written[name], vocabulary = _encode(column.combine_chunks(), split == 0)
         pq.write_table(vocabulary, folder / "vocabulary" / f"{name.replace(':', '.')}.parquet")
         manifest["num_embeddings"][name] = len(vocabulary) + 1
     for name in config.dense:
-        column = events[f"dense:{name}"].cast(pa.float64())
-        numbers = column.fill_null(np.nan).to_numpy()
+        numbers = _numbers(f"dense.{name}", events[f"dense:{name}"])
         known = numbers[(split == 0) & np.isfinite(numbers)]
         mean, deviation = (float(known.mean()), float(known.std())) if len(known) else (0.0, 0.0)
         written[f"dense:{name}"] = np.where(np.isfinite(numbers), (numbers - mean) / (deviation or 1), 0).astype(np.float32)
@@ -192,10 +202,18 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
     for name in config.tasks:
         column = events[f"tasks:{name}"]
         manifest["tasks"][name] = "binary" if pa.types.is_boolean(column.type) else "number"
-        written[f"tasks:{name}"] = column.cast(pa.float32()).fill_null(np.nan)
+        written[f"tasks:{name}"] = _numbers(f"tasks.{name}", column).astype(np.float32)
     manifest["expressions"] = {group: dict(getattr(config, group)) for group in ("tasks", "sparse", "dense", "sequence")}
     pq.write_table(pa.table(written), folder / EVENTS_FILE, compression="zstd")
     return manifest
+
+
+def _numbers(key: str, column: pa.ChunkedArray) -> np.ndarray:
+    """Give the values of an expression as float64, NaN where it is null."""
+    try:
+        return column.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy()
+    except pa.ArrowException as error:
+        raise InputError(f"{key} gives {column.type}, which is no number: {error}") from error
 
 
 def _encode(column: pa.Array, is_training: np.ndarray) -> tuple[pa.Array, pa.Table]:

@@ -19,9 +19,10 @@ from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.metrics import binary_metrics, number_metrics
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, list_checkpoints, load_checkpoint, read_state
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
-from glintru_rec.training.processes import seed_step
+from glintru_rec.training.processes import StopSignals, seed_step
 from glintru_rec.training.run_log import RunLog
 from glintru_rec.training.summary import peak_memory
+from glintru_rec.training.trainer import Stopped
 
 _EVAL_EXAMPLES = 4096
 
@@ -54,8 +55,15 @@ class RankingTrainer:
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, labels
 
     def _batches(self, split: str, batch_examples: int) -> RankingBatches:
-        data, world_size = self.config.data, dist.get_world_size()
-        return RankingBatches(self.dataset, split, data.max_seq_len, data.block_examples, batch_examples, self.rank, world_size)
+        data, span = self.config.data, self.config.encoder_span
+        sizes = (data.max_seq_len, data.block_examples, batch_examples)
+        batches = RankingBatches(self.dataset, split, *sizes, self.rank, dist.get_world_size())
+        if span is not None and batches.longest_history > span:
+            raise InputError(
+                f"tower.options.max_seq_len is {span}, but a shared history of the {split} period has "
+                f"{batches.longest_history} events (many of a user bear one time): it would be cut"
+            )
+        return batches
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
@@ -76,16 +84,22 @@ class RankingTrainer:
             print(f"resumed from {checkpoints[-1]} (epoch {state.epoch} done)", flush=True)
 
     def fit(self) -> RunState:
-        """Train until the last epoch, or until validation stops improving; then load the best weights."""
+        """Train until the last epoch, or until validation stops improving; then load the best weights.
+
+        Raises:
+            Stopped: by SIGTERM or SIGINT, on any rank; the checkpoint of the last whole epoch stands.
+        """
         trainer, state = self.config.trainer, self.state
         self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
         total = state.step + (trainer.max_epochs - state.epoch) * self.batches.num_steps
         self.progress = Progress("train", total, "steps", enabled=self.rank == 0)
-        while state.epoch < trainer.max_epochs and not self._stalled():
-            self.train_epoch()
-            state.epoch += 1
-            self.validate()
-            self.checkpoints.save(state)
+        with StopSignals() as self.signals:
+            while state.epoch < trainer.max_epochs and not self._stalled():
+                self.train_epoch()
+                state.epoch += 1
+                self.validate()
+                self.checkpoints.save(state)
+                self._stop_if_asked()
         if self.rank == 0 and self._stalled():
             print(f"stopped: {trainer.patience} validations without a better figure", flush=True)
         if self.log is not None:
@@ -103,6 +117,7 @@ class RankingTrainer:
         for batch in self.batches.epoch(self.config.trainer.seed, self.state.epoch):
             self.loss_sum += self.train_step(batch.to(self.device))
             self.state.step += 1
+            self._stop_if_asked()
             if self.state.step % self.config.trainer.log_every_steps == 0:
                 self._record()
         self._record()
@@ -176,6 +191,15 @@ class RankingTrainer:
                 figures = number_metrics(values[known, place], labels[known])
             metrics |= {f"{name}.{figure}": value for figure, value in figures.items()}
         return metrics
+
+    def _stop_if_asked(self) -> None:
+        """Stop, all ranks together, once one of them has got a signal."""
+        if not self.signals.any_rank_received():
+            return
+        if self.log is not None:
+            self.log.close()
+        last = next(reversed(list_checkpoints(self.run_dir)), None)
+        raise Stopped(f"stopped by a signal at step {self.state.step}; last checkpoint: {last}")
 
     def _stalled(self) -> bool:
         return 0 < self.config.trainer.patience <= self.state.validations_since_best

@@ -69,7 +69,6 @@ def distribute_collections(
                 chosen,
                 sharder=sharder,
                 world_size=world_size,
-                local_size=world_size,
                 device_type=device.type,
             )
     return DistributedModelParallel(model, env=env, device=device, plan=plan, sharders=sharders)
@@ -81,7 +80,7 @@ def table_parameters(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def fill_rows(model: DistributedModelParallel, name: str, rows: Tensor, known: Tensor) -> None:
+def write_known_rows(model: DistributedModelParallel, name: str, rows: Tensor, known: Tensor) -> None:
     """Write rows of a table, each rank into what it holds of it.
 
     Args:

@@ -53,7 +53,8 @@ class TableConfig:
         dtype: ``fp32``, or ``fp16`` rows (sharded only; on CPU without stochastic rounding: updates below a row's
             precision vanish).
         init_std: standard deviation of the normal distribution that embeddings start from (biases start at 0). A sharded
-            table's first values follow from ``trainer.seed`` alone, whatever the sharding and the number of ranks.
+            item table's first values follow from ``trainer.seed`` alone, whatever the sharding and the number of ranks;
+            those of a ranking run's sharded tables follow from the seed and the number of ranks.
         kernel: ``fused`` keeps a rank's share in its device's memory; ``fused_uvm_caching`` (CUDA only) in main memory,
             with the rows in use in a cache on the GPU.
         cache_load_factor: size of that cache, as a share of the table.
