@@ -97,7 +97,7 @@ def read_items(key: str, path: str, column: str, vocabulary: Vocabulary) -> tupl
         The indices of the known items, int64, ascending, each once, and the number of rows whose item is unknown.
 
     Raises:
-        InputError: the file cannot be read, or lacks the column, or has several of its name, or holds a null or ids of another type.
+        InputError: the file cannot be read, lacks the column, has several of that name, or holds a null or ids of another type.
     """
     try:
         if not Path(path).is_file():
