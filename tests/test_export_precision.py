@@ -17,7 +17,7 @@ from glintru_rec.export.item_files import quantize_rows, read_items, write_items
 from glintru_rec.export.precision import measure_precision
 from glintru_rec.files import sha256_of
 from glintru_rec.programs.export import ExportConfig, ExportDataConfig, export_run
-from glintru_rec.scoring.catalog import Catalog
+from glintru_rec.scoring.catalog import FewItems, catalog_of, most_items
 
 NUM_ITEMS, WIDTH, MAX_SEQ_LEN = 400, 16, 20
 VOCABULARY = Vocabulary(pa.array(np.arange(NUM_ITEMS)), np.ones(NUM_ITEMS, dtype=np.int64))
@@ -127,9 +127,30 @@ def test_exported_methods_rank_by_the_stored_rows(precision, kind, tmp_path):
     given = module.score(item_ids, lengths, torch.arange(60), torch.tensor([10, 20, 30]))
     users = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 30]))
     torch.testing.assert_close(given, products[users, torch.arange(60)].float(), rtol=0, atol=1e-6 * scale)
-    allowed = np.arange(5, NUM_ITEMS, 3)  # a scoring job's list
-    _, scores = Catalog(artifact, allowed).top_k_of(query, item_ids[:0], torch.zeros(3, dtype=torch.int64), 7)
-    torch.testing.assert_close(scores, products[:, allowed].topk(7, dim=1).values.float(), rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(("precision", "kind"), [*TABLES, ("fp32", "dot"), ("fp32", "cosine"), ("fp32", "bias")])
+def test_a_jobs_lists_leave_the_best_of_the_stored_rows(precision, kind, tmp_path):
+    """The truth is the whole catalog's ranking, from which what may not be found is crossed out."""
+    export(tmp_path / "artifact", kind, precision, max_ndcg_loss=1.0)
+    artifact = Artifact.load(tmp_path / "artifact")
+    module = artifact.module
+    query = module.encode(torch.arange(22) * 11, torch.tensor([3, 0, 19]))
+    seen, seen_lengths = torch.tensor([8, 9, 50]), torch.tensor([2, 0, 1])
+    whole_ids, whole_scores = module.top_k_of(query, seen, seen_lengths, NUM_ITEMS)
+    for items in (np.arange(5, NUM_ITEMS, 3), np.delete(np.arange(NUM_ITEMS), [0, *whole_ids[0, :3].tolist()])):
+        for search in (FewItems(artifact, items), most_items(artifact, items)):
+            ids, scores = search.top_k_of(query, seen, seen_lengths, 7)
+            for row in range(3):
+                left = torch.isin(whole_ids[row], torch.from_numpy(items))
+                assert ids[row].tolist() == whole_ids[row, left][:7].tolist()
+                torch.testing.assert_close(scores[row], whole_scores[row, left][:7], rtol=1e-6, atol=1e-6)
+        ids, scores = catalog_of(artifact, items).top_k_of(query[:1], seen[:0], seen_lengths[1:2], NUM_ITEMS)
+        assert sorted(ids[ids >= 0].tolist()) == items.tolist()
+        assert bool((scores[ids < 0] == -torch.inf).all())
+    few, most = catalog_of(artifact, np.arange(9)), catalog_of(artifact, np.arange(1, NUM_ITEMS))
+    assert isinstance(few, FewItems)
+    assert most.item_vectors.data_ptr() == module.item_vectors.data_ptr()
 
 
 @pytest.mark.parametrize("max_cases", [60, 1000, 17])

@@ -170,6 +170,7 @@ def test_encode_writes_the_query(artifact, tmp_path):
 
 @pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_string_ids_of_every_kind(string_artifact, tmp_path, text):
+    """In several row groups, each of which has its own dictionaries."""
     histories, candidates = random_lists(10, 20, shortest=1), random_lists(10, 5, seed=1)
     lists = [as_ids(items, STRING_IDS).to_pylist() for items in (histories, candidates)]
     as_text = [
@@ -177,7 +178,7 @@ def test_string_ids_of_every_kind(string_artifact, tmp_path, text):
         for column in map(pa.array, lists)
     ]
     users = pa.array([f"u{i}" for i in range(10)]).cast(text)
-    source = write(tmp_path / "in.parquet", user_id=users, history=as_text[0], candidates=as_text[1])
+    source = write(tmp_path / "in.parquet", 3, user_id=users, history=as_text[0], candidates=as_text[1])
     score(ScoreConfig(string_artifact, source, str(tmp_path / "out"), "candidates"))
     out = read(tmp_path / "out" / "in.parquet")
     assert out["user_id"].to_pylist() == [f"u{i}" for i in range(10)]

@@ -56,7 +56,7 @@ def test_what_is_left_comes_in_the_order_of_the_whole_catalog(config, tmp_path, 
     """The truth is the ranking of all items, without any list, from which what is not allowed is crossed out."""
     whole = dataclasses.replace(config, top_k=NUM_ITEMS, output=str(tmp_path / "whole"), exclude_seen=exclude_seen)
     score(whole)
-    allowed, banned = set(range(FIRST_ID, FIRST_ID + 60)), {FIRST_ID + 5, FIRST_ID + 7, FIRST_ID + 70}
+    allowed, banned = set(range(FIRST_ID, FIRST_ID + 30)), {FIRST_ID + 5, FIRST_ID + 7, FIRST_ID + 70}
     lists = {
         "allow": item_file(tmp_path / "allow.parquet", [*sorted(allowed, reverse=True), FIRST_ID, 99]),
         "deny": item_file(tmp_path / "deny.parquet", [*banned, 98, 97]),
@@ -101,6 +101,9 @@ def test_lists_that_cannot_be_used(config, tmp_path):
     refused("deny '.*' has no column 'which'; it has user_id, history", deny=config.input, item_column="which")
     refused(r"deny '.*' holds 1 null\(s\) in column", deny=item_file(tmp_path / "a", [1, None]))
     refused("allow '.*': the vocabulary holds int64 item ids", allow=item_file(tmp_path / "b", ["x"]))
+    twice = pa.table([[FIRST_ID], [FIRST_ID]], names=["item_id", "item_id"])
+    pq.write_table(twice, tmp_path / "d")
+    refused("deny '.*' has 2 columns called 'item_id'; rename all but one", deny=str(tmp_path / "d"))
     refused("leave no item of the catalog", allow=item_file(tmp_path / "c", [5]))
     refused("deny_column is 'not_these'; it must be left out, as mode is 'encode'", mode="encode", deny_column="not_these")
     refused("must be left out, as empty_history is 'popular'", deny=config.input, empty_history="popular")

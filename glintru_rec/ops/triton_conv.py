@@ -5,6 +5,8 @@
 The shifted copies of x that a matmul would need never exist. The gradient of x is the same convolution forward in time, with
 transposed weights; the weights' gradient is summed over stretches of items, and these sums over the stretches.
 
+`glintru_rec.ops.conv.ragged_conv1d` does not use them yet: tools and tests alone call them.
+
 Shapes: T items, D_in and D_out channels, k taps.
 """
 

@@ -1,6 +1,7 @@
 """How programs start: their TorchX jobs, their command lines, their errors."""
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ def app(
     memory_mb: int = 4096,
     image: str = "",
     mounts: str = "",
+    share_cores: bool = False,
 ) -> Any:
     """Describe the TorchX job of ``launch/<program>.py``.
 
@@ -45,6 +47,8 @@ def app(
         memory_mb: memory to ask for on each machine, in MiB.
         image: of the container, where the scheduler starts one.
         mounts: in TorchX's words: ``type=bind,src=…,dst=…``, perhaps ``,readonly``, and ``,type=…`` for the next.
+        share_cores: several processes share out the cores of this machine, where ``OMP_NUM_THREADS`` does not say how many
+            threads each has; otherwise torchrun gives each of them one.
     """
     from torchx import specs
 
@@ -63,6 +67,10 @@ def app(
         entrypoint, command = "bash", ["-c", f"{start} {shlex.join([*elastic, *command])}"]
     elif nproc > 1 or max_restarts > 0:
         command = ["-m", "torch.distributed.run", "--standalone", *elastic, *command]
+    # OpenMP's waiting threads spin; beside another busy process that makes small operations several times slower.
+    env = {"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "1000"}
+    if share_cores and nproc > 1:
+        env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // nproc))
     role = specs.Role(
         name=program,
         image=image,
@@ -70,13 +78,17 @@ def app(
         args=command,
         num_replicas=nnodes,
         max_retries=max_retries,
-        # OpenMP's waiting threads spin; beside another busy process that makes small operations several times slower.
-        env={"PYTHONUNBUFFERED": "1", "GOMP_SPINCOUNT": "1000"},
+        env=env,
         resource=specs.Resource(cpu=cpu or nproc, gpu=gpu, memMB=memory_mb),
         port_map={"c10d": RENDEZVOUS_PORT},
         mounts=specs.parse_mounts(mounts.split(",")) if mounts else [],
     )
     return specs.AppDef(name=program, roles=[role])
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def task_of(arguments: Sequence[str]) -> str:

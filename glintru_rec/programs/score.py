@@ -18,6 +18,8 @@ from glintru_rec.training.processes import process_group
 __all__ = ["ScoreConfig", "score_program"]
 
 UNREADABLE_INPUT = 3
+# Ranks whose files are done wait for the one with the largest, in silence. One that dies is noticed by torchrun, not by this.
+TIMEOUT_SECONDS = 30 * 24 * 3600.0
 
 
 def score_program(config: ScoreConfig) -> int:
@@ -25,7 +27,7 @@ def score_program(config: ScoreConfig) -> int:
 
     Under torchrun its ranks share the input's files out; the first one speaks.
     """
-    with process_group("cpu") if "RANK" in os.environ else nullcontext():
+    with process_group("cpu", TIMEOUT_SECONDS) if "RANK" in os.environ else nullcontext():
         return _run(config)
 
 

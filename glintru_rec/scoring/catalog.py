@@ -26,8 +26,8 @@ class _NoEncoder(Encoder):
         self.width = width
 
 
-class Catalog:
-    """Find the best of some items of the catalog, exactly, with the artifact's own search.
+class FewItems:
+    """Find the best of a small part of the catalog, exactly, with the artifact's own search in a copy of these items.
 
     Args:
         artifact: of the whole catalog.
@@ -39,10 +39,8 @@ class Catalog:
         self._items = torch.from_numpy(items).to(device)
         self._places = torch.full([artifact.vocabulary.num_items], -1, dtype=torch.int64, device=device)
         self._places[self._items] = torch.arange(len(items), device=device)
-        with torch.inference_mode():
-            vectors: Tensor = module.vectors_of(self._items)  # their dot product is the score, whatever the similarity
-        width = vectors.size(1) - int(artifact.manifest.get("item_bias", False))
-        self._search = ScoringModule(_NoEncoder(width), vectors, "dot", artifact.manifest["max_seq_len"])
+        scales, biases = (x[self._items] if x.numel() else x for x in (module.score_scales, module.item_biases))
+        self._search = _search(artifact, module.item_vectors[self._items], scales, biases)
 
     def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""
@@ -51,6 +49,39 @@ class Catalog:
         lengths = torch.bincount(rows, minlength=seen_lengths.numel())
         places, scores = self._search.top_k_of(query, seen[seen >= 0], lengths, k)
         return torch.where(places >= 0, self._items[places.clamp(min=0)], places), scores
+
+
+def most_items(artifact: Artifact, items: np.ndarray) -> ScoringModule:
+    """Give a search, exact and the artifact's own, that finds most items of the catalog, and never the others.
+
+    It reads the artifact's table, which the processes of a machine share, and has one number of its own for each item.
+
+    Args:
+        artifact: of the whole catalog.
+        items: vocabulary indices that may be found, int64 ``[n]``.
+    """
+    module = artifact.module
+    biases = torch.full([artifact.vocabulary.num_items], float("-inf"), device=module.item_vectors.device)
+    kept = torch.from_numpy(items).to(biases.device)
+    biases[kept] = module.item_biases[kept] if module.item_biases.numel() else 0.0
+    return _search(artifact, module.item_vectors, module.score_scales, biases)
+
+
+def _search(artifact: Artifact, vectors: Tensor, scales: Tensor, biases: Tensor) -> ScoringModule:
+    """Give a module for its ``top_k_of`` alone, on rows as the artifact stores them."""
+    search = ScoringModule(_NoEncoder(vectors.size(1)), vectors, "dot", artifact.manifest["max_seq_len"])
+    search.score_scales, search.item_biases = scales, biases
+    return search
+
+
+def catalog_of(artifact: Artifact, items: np.ndarray) -> FewItems | ScoringModule:
+    """Give a ``top_k_of`` that finds some items of the catalog only: in a copy of few, among all where these are most.
+
+    Args:
+        artifact: of the whole catalog.
+        items: vocabulary indices that may be found, int64 ``[n]``, ascending.
+    """
+    return FewItems(artifact, items) if 2 * len(items) < artifact.vocabulary.num_items else most_items(artifact, items)
 
 
 def read_items(key: str, path: str, column: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
@@ -66,14 +97,17 @@ def read_items(key: str, path: str, column: str, vocabulary: Vocabulary) -> tupl
         The indices of the known items, int64, ascending, each once, and the number of rows whose item is unknown.
 
     Raises:
-        InputError: the file cannot be read, or lacks the column, or holds a null or ids of another type.
+        InputError: the file cannot be read, lacks the column, has several of that name, or holds a null or ids of another type.
     """
     try:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path!r}")
         with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise InputError(f"{key} {path!r} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+            names = file.schema_arrow.names
+            if column not in names:
+                raise InputError(f"{key} {path!r} has no column {column!r}; it has {', '.join(names)}")
+            if names.count(column) > 1:
+                raise InputError(f"{key} {path!r} has {names.count(column)} columns called {column!r}; rename all but one")
             ids = file.read([column])[column]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key} {path!r} is not readable parquet: {error}") from error

@@ -84,13 +84,18 @@ class Fragment:
         try:
             with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
                 piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
-                pieces = file.iter_batches(piece, columns=[self.columns.user, *self.columns.lists])
-                yield from self._joined(pieces, batch_size)
+                yield from self._joined(self._pieces(file, piece), batch_size)
             stamp = Stamp.of(path)
         except _UNREADABLE as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
         if stamp != self.file.stamp:
             raise InputError(f"{str(path)!r} was changed while it was read; run the job again when it is complete")
+
+    def _pieces(self, file: pq.ParquetFile, num_rows: int) -> Iterator[pa.RecordBatch]:
+        """Read ``num_rows`` rows at a time, and fewer at the end of a row group."""
+        # Each row group has dictionaries of its own, and pyarrow cannot read a list of two of them into one batch.
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(num_rows, row_groups=[group], columns=[self.columns.user, *self.columns.lists])
 
     def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
         """Join pieces to batches; only a piece alone may be larger than a batch."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.scoring.catalog import Catalog, items_left
+from glintru_rec.scoring.catalog import catalog_of, items_left
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.rows import Rows
 
@@ -34,7 +34,7 @@ class Scorer:
         self.unknown_listed_items = 0
         if config.allow or config.deny:
             left, self.unknown_listed_items = items_left(config.allow, config.deny, config.item_column, artifact.vocabulary)
-            self._catalog = Catalog(artifact, left)
+            self._catalog = catalog_of(artifact, left)
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
