@@ -2,10 +2,10 @@
 
 python tools/doctor.py [--ranks 2] [--no-compile]
 
-Versions first: torch, fbgemm and torchrec come in threes, CUDA and its driver, Triton and Java in pairs. Then the real things, on
-a log of 100 users that is drawn here: `launch.train` with the item table sharded over two gloo ranks, the run's best checkpoint
-exported and its lists compared with the model's own, one encoder compiled by torch.compile. Takes about 15 s, and up to
-a minute where nothing was compiled before. Exit status: 0; 1 where there is something to do.
+Versions first: torch, fbgemm and torchrec come in threes, CUDA and its driver, Triton and Java in pairs. Then the real things,
+on a log of 100 users that is drawn here: `launch.train` with the item table sharded over two gloo ranks, the run's best
+checkpoint exported and its lists compared with the model's own, an encoder compiled by torch.compile. Takes about 15 s, and up
+to a minute where nothing was compiled before. Exit status: 0; 1 where there is something to do.
 """
 
 import argparse
@@ -241,9 +241,7 @@ def examine(name: str, check: Callable[[], str]) -> bool:
         print(f"TO DO {name:9} {problem}", flush=True)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        print(
-            f"TO DO {name:9} {type(error).__name__}: {first} (make setup; --raise shows where)", flush=True
-        )
+        print(f"TO DO {name:9} {type(error).__name__}: {first} (make setup; --raise shows where)", flush=True)
         if "--raise" in sys.argv:
             raise
     else:

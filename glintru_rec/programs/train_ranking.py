@@ -10,6 +10,7 @@ from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.training.checkpoint import best_checkpoint, read_state
+from glintru_rec.training.mlflow_log import check_loggers
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.trainer import Stopped
 
@@ -22,6 +23,7 @@ def train_ranking(config: RankingConfig) -> int:
     Returns:
         The exit status: 0, or `STOPPED` where a signal ended it early.
     """
+    check_loggers(config.logging)
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
     dataset = RankingDataset.open(config.data.path)

@@ -223,6 +223,21 @@ class TrainerConfig:
 
 
 @dataclass
+class LoggingConfig:
+    """Where figures go besides ``metrics.jsonl`` and ``tensorboard/``, which every run has.
+
+    Attributes:
+        mlflow: tracking URI of MLflow: ``https://HOST``, ``sqlite:///FILE``, …; empty: none. Needs ``glintru_rec[mlflow]``.
+        experiment: of MLflow; made where it is missing.
+        run_name: MLflow's name of the run; empty: the name of the run directory.
+    """
+
+    mlflow: str = ""
+    experiment: str = "glintru_rec"
+    run_name: str = ""
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
@@ -239,6 +254,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self):
         one_of("task", self.task, ("retrieval",))
