@@ -79,7 +79,7 @@ class MlflowLog:
         self.sender.submit(self._send, lambda: self.client.set_terminated(self.run_id))
         self.sender.shutdown()
 
-    def _send(self, call: Callable[[], None]) -> None:
+    def _send(self, call: Callable[[], object]) -> None:
         if self.failed:
             return
         try:
