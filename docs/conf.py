@@ -1,7 +1,7 @@
 """Sphinx: Markdown pages, the API out of docstrings, the config reference out of the schemas."""
 
+import importlib.metadata
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -12,7 +12,7 @@ import config_reference  # noqa: E402 (a tool of the checkout)
 (HERE / "config.md").write_text(config_reference.to_markdown())
 
 project = "glintru_rec"
-release = version("glintru_rec")
+release = version = importlib.metadata.version("glintru_rec")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 exclude_patterns = ["_build", "consumers"]

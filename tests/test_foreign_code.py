@@ -48,11 +48,8 @@ print("done")
 
 def page_block(marker: str) -> str:
     """The Python block of the page on ranking that holds a text."""
-    (block,) = [
-        code
-        for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "ranking.md").read_text(), re.S)
-        if marker in code
-    ]
+    text = (REPOSITORY / "docs" / "ranking.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if marker in code]
     return block
 
 
