@@ -86,7 +86,6 @@ format: $(READY)
 	ruff format .
 
 docs: $(READY)
-	@$(PIP) install "$(TORCH)" -e '.[docs]'
 	python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
