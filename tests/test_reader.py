@@ -1,6 +1,7 @@
 """The reader that holds a few row groups at a time: every event once, on any ranks, across any resume, in flat memory."""
 
 import json
+import re
 import shutil
 import threading
 import tracemalloc
@@ -195,7 +196,7 @@ def test_a_resume_on_any_ranks_skips_and_repeats_nothing(folders, lengths, parts
     whole, end = steps_of(folder, 1, **options)
     assert found + windows(rest) == windows(whole)
     assert place.batches == end.batches
-    assert not any(place.chunks)
+    assert steps_of(folder, last, place=through_json(place), **options)[0] == []
 
 
 @laws
@@ -389,23 +390,49 @@ def records(run_dir, kind="train"):
 
 
 def test_training_goes_on_to_the_bit(grouped_dir, tmp_path):
-    """In the middle of a chunk of the second epoch, with negatives from its batches and a schedule."""
-    overrides = [*READER, "loss.negatives=mixed", "loss.num_negatives=40", "optimizer.schedule=linear", "trainer.max_epochs=2"]
+    """In the middle of a chunk of the second epoch, with negatives of its batch; with other chunks the epoch begins anew."""
+    overrides = [*READER, "loss.negatives=mixed", "loss.num_negatives=40", "trainer.max_epochs=2"]
     whole, losses = train(grouped_dir, tmp_path / "whole", *overrides)
-    steps = whole.state.step
-    assert whole.learning_rates.optimizer.param_groups[0]["lr"] < whole.learning_rates.highest[0] / 10  # falls to the end
-    middle = steps // 2 + 3
-    begun, _ = train(grouped_dir, tmp_path / "run", *overrides, f"trainer.max_steps={middle}", "optimizer.schedule=constant")
+    middle = whole.state.step // 2 + 3
+    begun, _ = train(grouped_dir, tmp_path / "run", *overrides, f"trainer.max_steps={middle}")
     assert begun.state.epoch == 1
     assert any(chunk and chunk.done for chunk in begun.state.chunks_begun)
     assert read_state(list_checkpoints(tmp_path / "run")[-1]).place == through_json(begun.state.place)
-    constant = [override for override in overrides if "schedule" not in override]
-    _, expected = train(grouped_dir, tmp_path / "constant", *constant)
-    _, found = train(grouped_dir, tmp_path / "run", *constant, resume=True)
-    assert found == expected != losses
-    # With other chunks the epoch under way starts anew.
-    anew, _ = train(grouped_dir, tmp_path / "run", *constant, "data.row_groups_held=3", "trainer.max_epochs=3", resume=True)
-    assert anew.state.place == START
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    _, found = train(grouped_dir, tmp_path / "run", *overrides, resume=True)
+    assert found == losses
+    others = ["data.row_groups_held=3", "optimizer.schedule=linear"]
+    other, found = train(grouped_dir, tmp_path / "other", *overrides, *others, resume=True)
+    expected = list(open_batches(grouped_dir, held=3, max_seq_len=20, batch_targets=128).epoch(1))
+    assert [step for step, _ in found] == list(range(1, middle + len(expected) + 1))
+    rates = other.learning_rates
+    assert 0 < rates.optimizer.param_groups[0]["lr"] < rates.highest[0] / 10  # by the share of the epochs that is done
+
+
+def test_a_bad_loss_names_users_and_items(grouped_dir, tmp_path):
+    with pytest.raises(
+        InputError, match=r"batch 1 of epoch 1, at step 1, .*users (.*?) and \d+ more and items (.*?) and"
+    ) as error:
+        train(grouped_dir, tmp_path / "run", *READER, "trainer.max_loss=0.001")
+    batches = open_batches(grouped_dir, held=2, max_seq_len=20, batch_targets=128)
+    next(batches.epoch(0))
+    batch, users = batches.look_up(0, *batches.given)
+    found = re.search(r"users (.*?) and \d+ more and items (.*?) and \d+ more", str(error.value))
+    assert set(found[1].split(", ")) <= {str(user) for user in batches.dataset.users_at(users)}
+    items = batches.dataset.vocabulary.decode(batch.item_ids.numpy()).to_pylist()
+    assert set(found[2].split(", ")) <= {str(item) for item in items}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.reader=disk", "data.reader is 'disk'; it must be one of memory, row_groups"),
+        ("data.row_groups_held=0", "data.row_groups_held is 0; it must be at least 1"),
+    ],
+)
+def test_config_errors(override, message):
+    with pytest.raises(InputError, match=message):
+        compose("train", TrainConfig, ["data.path=x", "output=y", override])
 
 
 @pytest.mark.parametrize("candidates", ["full", "popularity:20"])
