@@ -312,7 +312,19 @@ def test_damage_is_named(folders):
     pq.write_table(table.drop_columns("items"), part)
     with pytest.raises(InputError, match=r"part-00000\.parquet' cannot be read: 'items'"):
         RowGroupDataset.open(folder, 1)
-    part.unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["users_too_short_to_split"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="does not say how many users are too short to split"):
+        RowGroupDataset.open(folder, 1)
+
+
+def test_a_missing_part_is_named(folders):
+    folder = write_dataset(folders(), [9, 4, 7, 30])
+    dataset = RowGroupDataset.open(folder, 1)
+    (folder / "sequences/part-00000.parquet").unlink()
+    with pytest.raises(InputError, match=r"part-00000\.parquet' is missing"):
+        dataset.read([0])
     with pytest.raises(InputError, match=r"part-00000\.parquet' is missing"):
         RowGroupDataset.open(folder, 1)
 
