@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.trainer import learning_rate_scale
+from glintru_rec.training.schedule import learning_rate_scale
 
 
 def test_average_is_the_recursion():

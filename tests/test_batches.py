@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from glintru_rec.data.batches import TrainingBatches
+from glintru_rec.data.batches import Place, TrainingBatches
 from glintru_rec.encoders import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.model import SequenceModel
@@ -132,7 +132,7 @@ def test_an_epoch_repeats_exactly_and_goes_on_from_any_step(lengths, every_posit
         batches = make(lengths, **options)
         whole = as_lists(batches.epoch(2))
         assert as_lists(make(lengths, **options).epoch(2)) == whole
-        assert as_lists(batches.epoch(2, first_step * world_size)) == whole[first_step:]
+        assert as_lists(batches.epoch(2, Place(first_step * world_size))) == whole[first_step:]
         list(batches.epoch(0))
         assert as_lists(batches.epoch(2)) == whole
 
@@ -145,8 +145,9 @@ def test_resumed_on_other_ranks_an_epoch_skips_and_repeats_nothing(lengths, ever
     whole = windows(epoch_of_all_ranks(1, 1, lengths, **options))
     ranks = epoch_of_all_ranks(1, before, lengths, **options)
     consumed = windows(rank[:num_steps] for rank in ranks)
-    rest = [list(make(lengths, rank=rank, world_size=after, **options).epoch(1, num_steps * before)) for rank in range(after)]
-    assert {len(rank) for rank in rest} == {make(lengths, world_size=after, **options).num_steps(1, num_steps * before)}
+    place = Place(num_steps * before)
+    rest = [list(make(lengths, rank=rank, world_size=after, **options).epoch(1, place)) for rank in range(after)]
+    assert {len(rank) for rank in rest} == {make(lengths, world_size=after, **options).num_steps(1, place)}
     assert Counter(map(tuple, consumed + windows(rest))) == Counter(map(tuple, whole))
 
 
@@ -262,5 +263,5 @@ def test_backwards_is_the_same_windows_turned(lengths, max_seq_len, first_step, 
             for member, other in zip(members(before), members(after), strict=True):
                 both = [member, member[::-1]]
                 assert other in ({0.0: both[:1], 0.4: both, 1.0: both[1:]}[share] if epoch < 2 else both[:1])
-        resumed = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch, first_step))
+        resumed = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch, Place(first_step)))
         assert all(torch.equal(a.item_ids, b.item_ids) for a, b in zip(turned[first_step:], resumed, strict=True))

@@ -1,5 +1,6 @@
 """The benchmarks run, and print a figure for every contestant; what the figures are is no test's business."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -22,6 +23,35 @@ def test_bench_train(dataset_dir):
     few = ["--dim", "16", "--repeats", "1", "--seconds", "0.05"]
     text = run("bench_train.py", str(dataset_dir), "model.options.num_heads=2", *few, "--batch-targets", "256")
     assert len(re.findall(r"targets/s +[\d.]+x", text)) == 2
+    assert len(re.findall(r"step [\d.]+ / [\d.]+ / [\d.]+ ms  data [\d.]+%  of matmul \d+%", text)) == 2
+
+
+def test_bench_ops(tmp_path):
+    figures = tmp_path / "benchmarks.csv"
+    few = ["--width", "12", "--turns", "1", "--lengths", "beauty", "--only", "gru", "--figures", str(figures)]
+    text = run("bench_ops.py", *few)
+    assert re.findall(r"^│ (ragged_gru|nn.GRU)", text, re.MULTILINE) == ["ragged_gru", "nn.GRU", "nn.GRU"]
+    lines = list(csv.DictReader(figures.open()))
+    assert {line["row"] for line in lines} >= {"ceilings", "ragged_gru, D=12, beauty"}
+    assert all(float(line["value"]) >= 0 for line in lines)
+
+
+def test_benchmarks_do_not_measure_what_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import bench_ops
+
+    everything = list(bench_ops.TABLES)
+    assert bench_ops.parity(everything) == []
+    right = bench_ops.ragged_gru
+
+    def wrong(*arguments):
+        hidden, last = right(*arguments)
+        return hidden * 1.001, last
+
+    monkeypatch.setattr(bench_ops, "ragged_gru", wrong)
+    assert [line.split(":")[0] for line in bench_ops.parity(everything)] == ["gru 0"]
+    monkeypatch.setattr("sys.argv", ["bench_ops.py", "--only", "gru"])
+    assert bench_ops.main() == 1
 
 
 def test_bench_checkpoint(tmp_path):

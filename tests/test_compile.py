@@ -28,6 +28,12 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
 
+def negatives(items):
+    """Scores against five negatives, of which every third target is one."""
+    ids = torch.arange(items) % 3, torch.tensor([0, 7, 7, 8, 9])
+    return draw(items, 4), draw(5, 4), torch.rand(5, dtype=torch.float64), *ids, True, "auto"
+
+
 def operator_inputs(lengths):
     """Arguments of every registered operator with a gradient, by its name."""
     torch.manual_seed(0)
@@ -40,10 +46,14 @@ def operator_inputs(lengths):
         "gru_forward": (draw(items, 12), draw(12, 4), draw(sequences, 4), offsets, True, "auto"),
         "scan_forward": (draw(items, 2, 3), draw(2, 3), draw(sequences, 2, 3), offsets, "auto"),
         "attention_forward": (q, k, v, state, offsets, True, 4, "auto"),
+        "negatives_forward": negatives(items),
         "rotate": (draw(items, 2, 6), torch.rand(items, 3), torch.rand(items, 3)),
         "softmax_attention": (draw(items, 12), offsets, seed, 2, 5, 0.3),
     }
     for causal in (True, False):
+        for name, channels in (("dense", 4), ("depthwise", 1)):
+            conv = draw(items, 4), draw(4, channels, 3), draw(4), offsets, causal, True, "auto"
+            inputs[f"conv_forward, {name}, causal {causal}"] = conv
         key_sums = draw(sequences, 2, 3).detach().exp().requires_grad_()
         options = (state, key_sums, offsets, causal, 0.1, 4, "auto")
         inputs[f"normalized_forward, causal {causal}"] = (*weights, *rotary, v, *options)

@@ -203,18 +203,18 @@ def test_rank_meter_sees_time_targets_and_lookups(dataset_dir, tmp_path):
         trainer.begin_epoch()
         batches = trainer.batches.epoch(0)
         trainer.train_step(next(batches))
-        trainer.meter.collect(0)
+        trainer.monitor.meter.collect(0)
         trainer.model.module.encoder.register_forward_hook(lambda *_: time.sleep(0.05))
         num_ids = 0
         for batch, _ in zip(batches, range(3)):
             trainer.train_step(batch)
             num_ids += batch.item_ids.numel() + 40
-        figures = trainer.meter.collect(300)
+        figures = trainer.monitor.meter.collect(300)
         (seconds,) = figures["rank_seconds"]
         assert seconds >= 3 * 0.05
         assert figures["rank_targets_per_second"] == [300 / seconds]
         assert figures["rank_lookups"] == [num_ids]
-        assert trainer.meter.collect(0) == {"rank_seconds": [0], "rank_targets_per_second": [0], "rank_lookups": [0]}
+        assert trainer.monitor.meter.collect(0) == {"rank_seconds": [0], "rank_targets_per_second": [0], "rank_lookups": [0]}
 
 
 @pytest.mark.parametrize(

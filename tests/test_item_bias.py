@@ -154,7 +154,6 @@ def test_biases_start_at_zero_and_are_trained(table, make_trainer):
     assert before.shape == (NUM_ITEMS, WIDTH + 1 + UNUSED)
     assert before[:, :WIDTH].std() == pytest.approx(0.02, rel=0.1)
     assert not before[:, WIDTH:].any()
-    trainer.batches_of_epoch = 1
     first, *others = trainer.batches.epoch(0)
     expected = plain_sgd_step(trainer, first, before)
     trainer.train_step(first)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
 from glintru_rec.ops.conv import conv_reference, ragged_conv1d
 from glintru_rec.ops.gru import gru_reference, ragged_gru
@@ -170,6 +171,25 @@ def test_conv_equals_torch(length, taps, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("lengths", BATCHES)
+def test_depthwise_conv_equals_truth(lengths, taps, causal):
+    offsets, (x, weight, bias) = offsets_of(lengths), conv_inputs(lengths, 12, taps)
+    check_parity(
+        lambda x, weight, bias: ragged_conv1d(x, weight, bias, offsets, causal),
+        lambda x, weight, bias: conv_reference(x, weight, bias, offsets, causal),
+        [x, weight[:, :1].contiguous(), bias],
+    )
+
+
+def test_conv_refuses_what_fits_neither_kind():
+    with pytest.raises(InputError, match=r"weight \[6, 3, 2\] and x \[3, 4\] fit neither"):
+        ragged_conv1d(draw(3, 4), draw(6, 3, 2), draw(6), offsets_of([3]), True)
+    with pytest.raises(InputError, match="whose kernels are causal, and causal is False"):
+        ragged_conv1d(draw(3, 4), draw(6, 4, 2), draw(6), offsets_of([3]), False, "triton")
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_conv_keeps_overflow_in_its_own_sequence(causal):
     x, weight, bias = conv_inputs([2, 2, 2], 4, 3)
     x[2:4] = torch.inf
@@ -264,10 +284,14 @@ def test_gradcheck(lengths):
     def attention_holds(chunk_size, causal):
         return holds(lambda *x: linear_attention(*x, offsets, causal, chunk_size), attention_inputs(lengths, 4, 2))
 
+    def depthwise_holds(taps, causal):
+        x, weight, bias = conv_inputs(lengths, 2, taps)
+        return holds(lambda *x: ragged_conv1d(*x, offsets, causal), [x, weight[:, :1].contiguous(), bias])
+
     assert holds(lambda gates, weight, initial: ragged_gru(gates, weight, offsets, initial), gru_inputs(lengths, 3))
     assert holds(lambda gates, weight: ragged_gru(gates, weight, offsets)[0], gru_inputs(lengths, 3)[:2])
     for causal in (True, False):
-        assert all(conv_holds(taps, causal) for taps in (1, 2, 3))
+        assert all(conv_holds(taps, causal) and depthwise_holds(taps, causal) for taps in (1, 2, 3))
         assert all(attention_holds(chunk_size, causal) for chunk_size in (1, 2, 16))
 
 
@@ -313,7 +337,9 @@ def test_scripted_equals_eager(lengths):
     for causal in (True, False):
         same(linear_attention, *attention_inputs(lengths, 8, 2), offsets, causal)
         for taps in (1, 2, 3):
-            same(ragged_conv1d, *conv_inputs(lengths, 4, taps), offsets, causal)
+            x, kernel, bias = conv_inputs(lengths, 4, taps)
+            same(ragged_conv1d, x, kernel, bias, offsets, causal)
+            same(ragged_conv1d, x, kernel[:, :1].contiguous(), bias, offsets, causal)
     rows = torch.randperm(num_items)
     x = draw(num_items, 2, 3)
     same(gather_rows, x, rows[: num_items // 2])

@@ -146,7 +146,6 @@ def make_trainer(dataset_dir, overrides):
     trainer = Trainer(compose("train", TrainConfig, arguments), SequenceDataset.open(dataset_dir), torch.device("cpu"))
     trainer.config.trainer.batch_targets = 32 // world_size  # of one rank: the mean over ranks is that of the sum
     trainer.model.train()
-    trainer.batches_of_epoch = 1
     rows, first = local_rows(trainer.model)
     table = torch.randn(60, rows.size(1), generator=torch.Generator().manual_seed(2)) / 2
     table[:, 17:] = 0

@@ -261,7 +261,6 @@ with process_group("cpu") as device:
             return call
         trainer._losses = keep("losses", trainer._losses)
         trainer.negatives.draw = keep("negatives", trainer.negatives.draw)
-        trainer.batches_of_epoch = 1
         trainer.train_step(batch)
         after = local_rows(trainer.model)[0]
         result = {"losses": kept["losses"].detach(), "negatives": kept["negatives"][:2], "before": before, "after": after}

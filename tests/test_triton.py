@@ -117,8 +117,8 @@ def test_kernels_refuse_what_they_do_not_take():
         triton_attention.forward(q, q, v, torch.zeros(1, 1, 8, 65), offsets, True)
     with pytest.raises(InputError, match="log_sum_exp"):
         triton_softmax.forward(torch.zeros(2, 129), torch.zeros(5, 129))
-    with pytest.raises(InputError, match=r"weight \[6, 3, 2\] and x \[3, 4\] fit neither"):
-        triton_conv.forward(torch.zeros(3, 4), torch.zeros(6, 3, 2), torch.zeros(6), offsets)
+    with pytest.raises(InputError, match="ragged_conv1d"):
+        triton_conv.forward(torch.zeros(3, 4).double(), torch.zeros(6, 4, 2), torch.zeros(6), offsets)
 
 
 def test_empty_batches_start_no_kernel():
@@ -147,8 +147,9 @@ def test_empty_batches_start_no_kernel():
 
 DISPATCHED = """
 import torch
-from glintru_rec.losses import full_softmax
-from glintru_rec.ops import triton_attention, triton_gru, triton_scan, triton_softmax
+from glintru_rec.losses import full_softmax, sampled_softmax
+from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+from glintru_rec.ops.conv import ragged_conv1d
 from glintru_rec.ops.diagonal_scan import diagonal_scan
 from glintru_rec.ops.gru import ragged_gru
 from glintru_rec.ops.linear_attention import continue_attention, linear_attention
@@ -156,7 +157,7 @@ from glintru_rec.ops.normalized_attention import normalized_attention
 
 triton_scan.STEPS = triton_scan.FEATURES = 8
 launched = []
-for kernels in (triton_attention, triton_gru, triton_scan, triton_softmax):
+for kernels in (triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax):
     for name in ("forward", "backward"):
         def counted(*arguments, function=getattr(kernels, name), name=name):
             launched.append(name)
@@ -169,6 +170,16 @@ ops = [
     (lambda *x, **how: diagonal_scan(*x[:2], offsets, x[2], **how), draw(40, 2, 5), draw(2, 5) / 3, draw(3, 2, 5)),
     (lambda *x, **how: continue_attention(*x[:3], offsets, x[3], **how), *draw(3, 40, 2, 4), draw(3, 2, 4, 4)),
 ]
+for channels in (8, 1):
+    ops.append((lambda *x, **how: ragged_conv1d(*x, offsets, True, **how), draw(40, 8), draw(8, channels, 3), draw(8)))
+ids = torch.tensor([0, 1, 2, 3, 4, 5, 6]), torch.tensor([2, 2, 9, *range(10, 60)])
+
+
+def sampled(query, positive, items, **how):
+    return sampled_softmax(query, positive, items[:53], *ids, torch.arange(53.0) / 50, 0.5, **how)
+
+
+ops.append((sampled, draw(7, 8), draw(7, 8), draw(70, 8)))
 ops.append((lambda *x, **how: full_softmax(*x, 0.5, **how), draw(7, 8), draw(7, 8), draw(70, 8)))
 for causal in (True, False):
     ops.append((lambda *x, causal=causal, **how: linear_attention(*x, offsets, causal, **how), *draw(3, 40, 2, 4)))

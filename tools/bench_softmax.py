@@ -14,9 +14,9 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
+from bench_common import highest_during
 from torch import Tensor
 from torch.nn import functional
 
@@ -70,17 +70,9 @@ def memory(loss: Callable[[Inputs], Tensor], *sizes: int) -> str:
     torch.set_num_threads(1)
     seconds(loss, Inputs(256, 1024, 8))  # libraries make their buffers at the first call
     inputs = Inputs(*sizes)
-    before, held = resident_bytes("VmRSS"), inputs.num_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
-    loss(inputs).backward()
-    beyond = resident_bytes("VmHWM") - before - held
+    held = inputs.num_bytes()
+    beyond = highest_during(lambda: loss(inputs).backward()) - held
     return f"{sizes[1]:12,}{sizes[2]:6}{held / MIB:10,.1f}{held / MIB:13,.1f}{beyond / MIB:13,.1f}{1 + beyond / held / 2:9.2f}x"
-
-
-def resident_bytes(name: str) -> int:
-    """Read what the kernel says of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:

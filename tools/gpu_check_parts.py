@@ -287,6 +287,7 @@ class training:
         dataset = in_memory({"vocabulary_sha256": ""}, None, None, *self.sequences)
         self.trainer = Trainer(compose("train", TrainConfig, self.overrides), dataset, device)
         self.trainer.begin_epoch()
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)
         self.batches = itertools.chain.from_iterable(self.trainer.batches.epoch(epoch) for epoch in itertools.count())
         return self
 
@@ -299,23 +300,23 @@ class training:
 
         for batch in (next(self.batches) for _ in range(count)):
             on_device = Batch(batch.item_ids.to(self.trainer.device), batch.offsets.to(self.trainer.device))
-            self.trainer.loss_sum += self.trainer.train_step(on_device)
+            self.loss_sum += self.trainer.train_step(on_device)
             self.trainer.state.step += 1
 
     def loss(self) -> float:
         """Give the mean loss of the steps so far."""
-        total, count = self.trainer.loss_sum.tolist()
+        total, count = self.loss_sum.tolist()
         return total / count
 
     def show(self, name: str) -> None:
         """Train and print: targets per second, milliseconds per step, loss, peak memory."""
         self.steps(5)
         torch.cuda.synchronize()
-        before, start = self.trainer.loss_sum[1].item(), time.perf_counter()
+        before, start = self.loss_sum[1].item(), time.perf_counter()
         self.steps(30)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        rate = (self.trainer.loss_sum[1].item() - before) / seconds
+        rate = (self.loss_sum[1].item() - before) / seconds
         figures = f"{rate:12,.0f} targets/s {1e3 * seconds / 30:8.1f} ms a step"
         print(f"{figures}  loss {self.loss():.4f}  peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB  {name}", flush=True)
         if not np.isfinite(self.loss()):

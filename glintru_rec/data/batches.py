@@ -5,8 +5,8 @@ times more than one of a batch of long histories. Here every target of an epoch 
 """
 
 import hashlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,20 @@ class Batch(NamedTuple):
     """int64 ``[T]``."""
     offsets: Tensor
     """int64 ``[B + 1]``."""
+
+
+class Place(NamedTuple):
+    """How far an epoch is trained on, all ranks together: what a run that goes on begins with."""
+
+    batches: int = 0
+    """Batches done, of all ranks."""
+    chunks: Sequence[Any] = ()
+    """Chunks begun and not done (`glintru_rec.data.reader_deal`); none where the dataset is in memory."""
+    next_chunk: int = 0
+    """The first chunk that nobody has begun."""
+
+
+START = Place()
 
 
 class _Windows(NamedTuple):
@@ -63,6 +77,11 @@ class TrainingBatches:
         reversed_share: share of the windows that are read backwards, drawn anew each epoch ...
         reversed_epochs: ... in this many epochs at the start. Items that occur together teach in both directions; the
             epochs after these teach the true order.
+        stream: tells the randomness of these sequences from that of others with the same seed and epoch.
+
+    Attributes:
+        place: where the epoch stands once the batch that was given last is trained on.
+        given: that batch's number, for `look_up`.
     """
 
     def __init__(
@@ -77,6 +96,7 @@ class TrainingBatches:
         every_position: bool = True,
         reversed_share: float = 0.0,
         reversed_epochs: int = 0,
+        stream: tuple[int, ...] = (),
     ):
         check("trainer.batch_targets", batch_targets, batch_targets >= 1, "at least 1")
         if batch_targets < max_seq_len and every_position:
@@ -88,6 +108,8 @@ class TrainingBatches:
         self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
         self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
         self.reversed_share, self.reversed_epochs = reversed_share, reversed_epochs
+        self.stream = stream
+        self.place, self.given = START, (0,)
         self.shuffled: tuple[int, _Windows] | None = None  # the windows of the epoch asked for last
         lengths = np.diff(offsets)
         self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
@@ -100,31 +122,47 @@ class TrainingBatches:
         turned = (self.reversed_share, self.reversed_epochs)
         return hashlib.sha256(repr((*decisive, *turned, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of one epoch, from number ``first_batch`` of all ranks' on; every rank yields equally many.
+    def epoch(self, epoch: int, place: Place = START) -> Iterator[Batch]:
+        """Yield this rank's batches of one epoch from ``place`` on; every rank yields equally many.
 
         Where batches do not divide evenly among ranks, the last ones are empty.
         """
-        windows = self._shuffle(epoch)
-        for number in range(first_batch, windows.num_batches, self.world_size):
-            yield self._collate(windows, number + self.rank)
+        for number in range(place.batches, self.num_batches(epoch), self.world_size):
+            self.place, self.given = Place(number + self.world_size), (number + self.rank,)
+            yield self.batch(epoch, number + self.rank)
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Make batch ``number`` of an epoch, which is empty beyond the last."""
+        return self._collate(self._shuffle(epoch), number)
 
     def num_batches(self, epoch: int) -> int:
         """Count the batches of an epoch, those of all ranks together."""
         return self._shuffle(epoch).num_batches
 
-    def num_steps(self, epoch: int, first_batch: int = 0) -> int:
-        """Count the steps of an epoch from batch number ``first_batch`` on."""
-        return max(0, -(-(self.num_batches(epoch) - first_batch) // self.world_size))
+    def num_steps(self, epoch: int, place: Place = START) -> int:
+        """Count the steps of an epoch from ``place`` on."""
+        return max(0, -(-(self.num_batches(epoch) - place.batches) // self.world_size))
+
+    def share_done(self, epoch: int, place: Place) -> float:
+        """Give the share of an epoch that lies before ``place``, from 0 on."""
+        return place.batches / self.num_batches(epoch)
 
     def look_up(self, epoch: int, number: int) -> tuple[Batch, np.ndarray]:
         """Give batch ``number`` of an epoch, and which of the training sequences its members come from: int64 ``[B]``."""
         windows = self._shuffle(epoch)
         starts = windows.starts[windows.bounds[number] : windows.bounds[number + 1]]
-        return self._collate(windows, number), np.searchsorted(self.offsets, starts, side="right") - 1
+        return self.batch(epoch, number), np.searchsorted(self.offsets, starts, side="right") - 1
+
+    def event_counts(self, num_items: int) -> np.ndarray:
+        """Count the training events of every item: int64 ``[num_items]``."""
+        return np.bincount(self.items, minlength=num_items)
 
     def target_counts(self, num_items: int, epoch: int) -> np.ndarray:
         """Count how often each item is expected to be a target in an epoch: float64 ``[num_items]``."""
+        return np.bincount(self.items, self.target_shares(epoch), num_items)
+
+    def target_shares(self, epoch: int) -> np.ndarray:
+        """Say of every event how often it is expected to be a target in an epoch: float64 ``[E]``."""
         lengths = np.diff(self.offsets)
         place, last = np.arange(self.items.size) - np.repeat(self.offsets[:-1], lengths), np.repeat(lengths - 1, lengths)
         forwards, backwards = place > 0, place < last
@@ -133,7 +171,7 @@ class TrainingBatches:
             forwards = forwards / np.maximum(last, 1)
             backwards = np.where(place == 0, kept, place <= last - kept) / np.maximum(last, 1)
         share = self._reversed_share(epoch)
-        return np.bincount(self.items, (1 - share) * forwards + share * backwards, num_items)
+        return (1 - share) * forwards + share * backwards
 
     def _reversed_share(self, epoch: int) -> float:
         return self.reversed_share if epoch < self.reversed_epochs else 0.0
@@ -144,7 +182,7 @@ class TrainingBatches:
         return self.shuffled[1]
 
     def _shuffle_anew(self, epoch: int) -> _Windows:
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch, *self.stream])
         starts, num_targets = self._windows(rng) if self.every_position else self._prefixes(rng)
         order = rng.permutation(starts.size)
         starts, num_targets = starts[order], num_targets[order]

@@ -14,9 +14,11 @@ Shapes: E events, U users, V items of the catalog, C evaluation cases.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -79,21 +81,15 @@ class SequenceDataset:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
-        if vocabulary.sha256 != manifest["vocabulary_sha256"]:
-            raise InputError(
-                f"{str(path / VOCABULARY_FILE)!r} has sha256 {vocabulary.sha256[:12]}…, the manifest says "
-                f"{manifest['vocabulary_sha256'][:12]}…: it belongs to another dataset; prepare the dataset again"
-            )
+        vocabulary = read_vocabulary(path, manifest)
         parts = [_read_part(path / part["file"], part, vocabulary.num_items) for part in manifest["parts"]]
-        lengths = np.concatenate([lengths for _, lengths, _ in parts])
-        return cls(
-            manifest=manifest,
-            vocabulary=vocabulary,
-            user_ids=pa.concat_arrays([user_ids for user_ids, _, _ in parts]),
-            items=np.concatenate([items for _, _, items in parts]),
-            offsets=_offsets(lengths),
-        )
+        return cls.join(manifest, vocabulary, parts)
+
+    @classmethod
+    def join(cls, manifest: dict[str, Any], vocabulary: Vocabulary, parts: "list[Sequences]") -> "SequenceDataset":
+        """Make a dataset of some sequences, one part after the other."""
+        user_ids, lengths, items = zip(*parts)
+        return cls(manifest, vocabulary, pa.concat_arrays(user_ids), np.concatenate(items), _offsets(np.concatenate(lengths)))
 
     @property
     def num_items(self) -> int:
@@ -104,6 +100,11 @@ class SequenceDataset:
     def num_users(self) -> int:
         """Number of users, U."""
         return len(self.offsets) - 1
+
+    @property
+    def num_cases(self) -> int:
+        """Number of users that evaluation asks for, C."""
+        return int((np.diff(self.offsets) >= MIN_EVENTS_TO_SPLIT).sum())
 
     def train_sequences(self) -> tuple[np.ndarray, np.ndarray]:
         """Give the training events of every user: all but the last two, or all where there are too few to split.
@@ -137,6 +138,14 @@ class SequenceDataset:
             targets=self.items[self.offsets[user_index + 1] - held_out],
             user_index=user_index,
         )
+
+    def case_blocks(self, split: str) -> Iterator[EvalCases]:
+        """Give the cases of a split as evaluation takes them: all at once."""
+        yield self.eval_cases(split)
+
+    def users_at(self, places: np.ndarray) -> list:
+        """Give the original ids of some users of the dataset."""
+        return self.user_ids.take(pa.array(places)).to_pylist()
 
     def write_histories(self, path: str | Path, split: str) -> None:
         """Write the cases of a split with original ids, as a scoring job reads them.
@@ -198,21 +207,67 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_part(file: Path, part: dict[str, Any], num_items: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Read one part: its user ids, the length of each sequence and the items of all."""
+def read_vocabulary(path: Path, manifest: dict[str, Any]) -> Vocabulary:
+    """Read the vocabulary of the dataset at ``path``.
+
+    Raises:
+        InputError: it is missing or damaged, or belongs to another dataset.
+    """
+    vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
+    if vocabulary.sha256 != manifest["vocabulary_sha256"]:
+        raise InputError(
+            f"{str(path / VOCABULARY_FILE)!r} has sha256 {vocabulary.sha256[:12]}…, the manifest says "
+            f"{manifest['vocabulary_sha256'][:12]}…: it belongs to another dataset; prepare the dataset again"
+        )
+    return vocabulary
+
+
+class Sequences(NamedTuple):
+    """The users of a part of a dataset, or of some of its row groups."""
+
+    user_ids: pa.Array
+    """Original ids, ``[U]``."""
+    lengths: np.ndarray
+    """Number of events of each, int64 ``[U]``."""
+    items: np.ndarray
+    """Vocabulary indices of all, int64 ``[E]``."""
+
+
+def _read_part(file: Path, part: dict[str, Any], num_items: int) -> Sequences:
+    with reading_part(file):
+        sequences = check_sequences(pq.read_table(file, columns=["user_id", "items"]), file, num_items)
+    check_part(file, part, len(sequences.user_ids), len(sequences.items))
+    return sequences
+
+
+@contextmanager
+def reading_part(file: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a part into an `InputError` that names it."""
     try:
-        table = pq.read_table(file, columns=["user_id", "items"])
-        users, sequences = (column.combine_chunks() for column in table.select(["user_id", "items"]).columns)
+        yield
     except FileNotFoundError:
         raise InputError(f"{str(file)!r} is missing, but the manifest lists it; copy or prepare the dataset again") from None
     except (pa.ArrowException, OSError, KeyError) as error:
         raise InputError(f"{str(file)!r} cannot be read: {error}; copy or prepare the dataset again") from error
-    items = sequences.flatten()
-    if (len(users), len(items)) != (part["num_users"], part["num_events"]):
+
+
+def check_part(file: Path, part: dict[str, Any], num_users: int, num_events: int) -> None:
+    """Raise an `InputError` unless a part holds what the manifest says."""
+    if (num_users, num_events) != (part["num_users"], part["num_events"]):
         raise InputError(
-            f"{str(file)!r} holds {len(users)} users with {len(items)} events, the manifest says {part['num_users']} with "
+            f"{str(file)!r} holds {num_users} users with {num_events} events, the manifest says {part['num_users']} with "
             f"{part['num_events']}; copy or prepare the dataset again"
         )
+
+
+def check_sequences(table: pa.Table, file: Path, num_items: int, first_row: int = 0) -> Sequences:
+    """Take the columns ``user_id`` and ``items`` of a part apart, or of its rows from ``first_row`` on.
+
+    Raises:
+        InputError: a value is null, or no index of the vocabulary.
+    """
+    users, sequences = (column.combine_chunks() for column in table.select(["user_id", "items"]).columns)
+    items = sequences.flatten()
     if items.type != pa.int64() or items.null_count or sequences.null_count or users.null_count:
         raise InputError(f"{str(file)!r} holds nulls, or items that are {items.type}, not int64; prepare the dataset again")
     lengths = pc.list_value_length(sequences).to_numpy().astype(np.int64)
@@ -221,10 +276,10 @@ def _read_part(file: Path, part: dict[str, Any], num_items: int) -> tuple[pa.Arr
     if len(outside):
         row = int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))
         raise InputError(
-            f"{str(file)!r} holds item index {indices[outside[0]]} (user {users[row].as_py()!r}, row {row + 1}), "
+            f"{str(file)!r} holds item index {indices[outside[0]]} (user {users[row].as_py()!r}, row {first_row + row + 1}), "
             f"which is not in [0, {num_items}); prepare the dataset again"
         )
-    return users, lengths, indices
+    return Sequences(users, lengths, indices)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from glintru_rec.jagged import last_items, lengths_from_offsets, positions, sequence_index
+from glintru_rec.jagged import last_items, lengths_from_offsets, sequence_index
+from glintru_rec.ops.conv import ragged_conv1d
 from glintru_rec.ops.dropout import Dropout, dropout_scale
 from glintru_rec.ops.normalized_attention import continue_normalized, normalized_attention
 from glintru_rec.ops.rotary import rotate
@@ -85,13 +86,7 @@ class RotaryLinearAttention(nn.Module):
 
     def _local(self, v: Tensor, offsets: Tensor) -> Tensor:
         """Convolve each feature over the last k items of its sequence: ``[T, D]``."""
-        weight = self.conv.weight.squeeze(1)
-        position = positions(offsets, v.size(0)).unsqueeze(1)
-        out = torch.addcmul(self._conv_bias(), v, weight[:, -1])
-        for back in range(1, self.kernel_size):
-            earlier = functional.pad(v, [0, 0, back, 0])[: v.size(0)].masked_fill(position < back, 0.0)
-            out = torch.addcmul(out, earlier, weight[:, self.kernel_size - 1 - back])
-        return functional.silu(out)
+        return functional.silu(ragged_conv1d(v, self.conv.weight, self._conv_bias(), offsets, True))
 
     def _conv_bias(self) -> Tensor:
         bias = self.conv.bias

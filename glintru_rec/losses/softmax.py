@@ -1,6 +1,6 @@
-"""Softmax cross-entropy of the next item: sampled, and exact over the whole catalog.
+"""Softmax cross-entropy of the next item, exact over the whole catalog.
 
-Shapes: T targets, K negatives, V catalog, D width, n items of one rank's share of the catalog, G targets of all ranks.
+Shapes: T targets, V catalog, D width, n items of one rank's share of the catalog, G targets of all ranks.
 """
 
 from collections.abc import Iterator
@@ -18,57 +18,6 @@ ROWS, COLUMNS = 256, 1024
 # A catalog of few items has whole rows of logits in a block, and so both gradients while it is there.
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 128, 16384
 PRECISIONS = ("fp32", "bf16")
-
-
-def sampled_softmax(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    target_ids: Tensor,
-    negative_ids: Tensor,
-    log_q: Tensor | float | None,
-    temperature: float = 1.0,
-    aim: Tensor | None = None,
-    positive_log_q: Tensor | None = None,
-) -> Tensor:
-    """Softmax cross-entropy against a sample of the catalog.
-
-        loss = -s_aim + log( exp(s⁺) + Σ_j exp(s_j - log_q_j) ),   s = query · item / temperature
-
-    With ``log_q_j`` the log of how often item j is expected in the sample, the sum is an unbiased estimate of the
-    sum over all other items that can be drawn: the positive was not sampled and is not corrected (arXiv 2507.09331).
-    With the whole catalog as negatives and ``log_q = 0`` the loss is the exact softmax. A negative that is the target
-    itself (an accidental hit) is masked.
-
-    Args:
-        query: ``[T, D]``.
-        positive: embedding of each target, ``[T, D]``.
-        negatives: embeddings of the shared negatives, ``[K, D]``.
-        target_ids: int64 ``[T]``.
-        negative_ids: int64 ``[K]``.
-        log_q: log of the expected count of each negative in the sample, ``[K]`` or one for all; None: no correction.
-        temperature: divides the scores.
-        aim: vector whose score is s_aim, ``[T, D]``: the mean of several targets' embeddings; ``positive`` when absent.
-        positive_log_q: log of the expected count of each target in the sample, ``[T]``: subtracted from s⁺ and s_aim, as in
-            the classic correction, which treats the positive as one of the sample; None: it is not corrected.
-
-    Returns:
-        One loss per target, ``[T]``; float32 where the inputs are narrower.
-    """
-    query = query / temperature
-    wide = torch.promote_types(query.dtype, torch.float32)
-    positive_score = (query * positive).to(wide).sum(1, keepdim=True)
-    aim_score = positive_score if aim is None else (query * aim).to(wide).sum(1, keepdim=True)
-    if positive_log_q is not None:
-        correction = positive_log_q.unsqueeze(1)
-        positive_score, aim_score = positive_score - correction, aim_score - correction
-    negative_score = (query @ negatives.t()).to(wide)
-    if log_q is not None:
-        negative_score = negative_score - log_q
-    accidental_hits = target_ids.unsqueeze(1) == negative_ids
-    negative_score = negative_score.masked_fill(accidental_hits, -torch.inf)
-    scores = torch.cat([positive_score, negative_score], dim=1)
-    return torch.logsumexp(scores, dim=1) - aim_score.squeeze(1)
 
 
 def full_softmax(

@@ -22,12 +22,15 @@ op                            inputs                                            
 ``normalized_backward``       grad_out, grad_last_memory, grad_last_key_sums, q, k,       grad_q, grad_k, grad_q_rotary,
                               q_rotary, k_rotary, v, memory, key_sums, offsets, out,      grad_k_rotary, grad_v, grad_memory,
                               weights, causal                                             grad_key_sums
+``conv_forward``              x [T, D_in], weight [D_out, D_in, k] or [D_in, 1, k],       out [T, D_out], windows [T, k, D_in]
+                              bias [D_out], offsets, causal: bool, save: bool             ([0, k, D_in] if not save)
+``conv_backward``             grad_out, x, weight, offsets, windows, causal               grad_x, grad_weight, grad_bias
 ============================= =========================================================== ====================================
 
 ``saved`` of the GRU holds what the implementation wants, in an order of its own: the same implementation reads it.
 ``weights`` are the divisors q · Σ k + ε of each item and head. Each op ends with ``implementation`` (see
 `glintru_rec.ops.implementation`), the attentions' before it with ``chunk_size``, which no kernel gets. Kernels for ``gru``,
-``scan``, ``attention`` and ``normalized`` go into ``triton_gru.py``, ``triton_scan.py``, ``triton_attention.py`` and
-``triton_normalized.py``, as plain functions ``forward`` and ``backward`` with the arguments above, in this order, and these
-results. ``random_bits``, ``rotate`` and ``softmax_attention`` have no kernels.
+``scan``, ``conv``, ``attention`` and ``normalized`` are in ``triton_gru.py`` and so on, as plain functions ``forward`` and
+``backward`` with the arguments above, in this order, and these results; those of ``conv`` are causal, and neither give nor take
+``windows``. ``random_bits``, ``rotate`` and ``softmax_attention`` have no kernels.
 """

@@ -5,8 +5,6 @@
 The shifted copies of x that a matmul would need never exist. The gradient of x is the same convolution forward in time, with
 transposed weights; the weights' gradient is summed over stretches of items, and these sums over the stretches.
 
-`glintru_rec.ops.conv.ragged_conv1d` does not use them yet: tools and tests alone call them.
-
 Shapes: T items, D_in and D_out channels, k taps.
 """
 
@@ -15,13 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glintru_rec.errors import InputError
 from glintru_rec.jagged import lengths_from_offsets, positions, sequence_index
-from glintru_rec.ops.triton_common import factors, product, refuse
+from glintru_rec.ops.triton_common import factors, fits, product, refuse
 
 ITEMS, INPUTS, OUTPUTS = 64, 32, 64  # of a tile
 WIDEST = 2**31  # channels are taken in tiles
 STRETCH = 1024  # items whose share of the weights' gradient one program sums
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take an input of such dtype and number of channels."""
+    return fits(x, max(x.size(1), weight.size(0)), WIDEST)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
@@ -37,11 +39,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
         ``[T, D_out]``.
 
     Raises:
-        InputError: a dtype that the kernels do not take, or a weight that fits neither convolution.
+        InputError: a dtype that the kernels do not take.
     """
     refuse("ragged_conv1d", x, x.size(1), WIDEST)
     out = x.new_empty(x.size(0), weight.size(0))
-    if _is_depthwise(x, weight):
+    if weight.size(1) != x.size(1):
         _run_depthwise(x, weight, bias, positions(offsets, x.size(0)), -1, out)
     else:
         _run_dense(x, weight.permute(2, 1, 0).contiguous(), bias, positions(offsets, x.size(0)), -1, out)
@@ -65,22 +67,13 @@ def backward(grad_out: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tu
     remaining = lengths_from_offsets(offsets)[sequence_index(offsets, num_items)] - 1 - position
     zero = weight.new_zeros(x.size(1))
     grad_x = torch.empty_like(x)
-    if _is_depthwise(x, weight):
+    if weight.size(1) != x.size(1):
         _run_depthwise(grad_out, weight, zero, remaining, 1, grad_x)
         grad_weight = _depthwise_weight_gradient(grad_out, x, weight, position)
     else:
         _run_dense(grad_out, weight.permute(2, 0, 1).contiguous(), zero, remaining, 1, grad_x)
         grad_weight = _dense_weight_gradient(grad_out, x, weight, position)
     return grad_x, grad_weight.to(weight.dtype), grad_out.sum(0)
-
-
-def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
-    if weight.size(1) == x.size(1):
-        return False
-    if weight.size(1) != 1 or weight.size(0) != x.size(1):
-        shapes = f"weight {list(weight.shape)} and x {list(x.shape)}"
-        raise InputError(f"ragged_conv1d: {shapes} fit neither a dense nor a depthwise convolution")
-    return True
 
 
 def _run_dense(x: Tensor, weight: Tensor, bias: Tensor, room: Tensor, direction: int, out: Tensor) -> None:

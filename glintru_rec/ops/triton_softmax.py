@@ -10,8 +10,7 @@ log_q, and the target's own score joins by a ``logaddexp``. The backward pass co
 A program takes a tile of targets and a range of items (or the other way round, for ∂e); where there are too few tiles to fill a
 GPU the range is cut into parts, and their results are joined by torch, in one order.
 
-`glintru_rec.losses.softmax.full_softmax` is what uses these kernels. The sampled one does not use them yet: ``log_q``,
-``target_ids`` and ``item_ids`` are given by tools and tests alone.
+`glintru_rec.losses.full_softmax` and `sampled_softmax` are what uses these kernels.
 
 Shapes: T targets, V items, D width.
 """

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
+from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json, write_text
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.tables.plan import describe_plan, print_plan
+from glintru_rec.training.build import open_dataset
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.mlflow_log import check_loggers
 from glintru_rec.training.processes import launch_id, process_group, restart_count
@@ -31,7 +32,7 @@ def train(config: TrainConfig) -> int:
     check_loggers(config.logging)
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
-    dataset = SequenceDataset.open(config.data.path)
+    dataset = open_dataset(config.data)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
         trainer = Trainer(config, dataset, device)

@@ -6,7 +6,7 @@ score above the target and how many tie with it. Only counts travel back.
 Shapes: B users of a rank's batch, G = B x ranks, n items of a rank's share, Q numbers of a query or item vector.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.candidates import sample_candidates
 from glintru_rec.data.dataset import EvalCases, SequenceDataset
+from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
@@ -29,7 +30,7 @@ BLOCK_SCORES = 1 << 26
 @torch.no_grad()
 def evaluate(
     model: DistributedModelParallel,
-    dataset: SequenceDataset,
+    dataset: SequenceDataset | RowGroupDataset,
     protocol: Protocol,
     max_seq_len: int,
     batch_users: int,
@@ -39,7 +40,8 @@ def evaluate(
 
     Args:
         model: made by `glintru_rec.tables.sharding.distribute`; left in the mode it came in.
-        dataset: its ``protocol.split`` gives histories and targets.
+        dataset: its ``protocol.split`` gives histories and targets. One on the disk is read by every rank, a few row groups at
+            a time.
         protocol: what the target is ranked against.
         max_seq_len: latest items of a history that the encoder reads; seen items are left out of the whole history.
         batch_users: users of one rank's batch.
@@ -53,23 +55,21 @@ def evaluate(
     model.eval()
     module: SequenceModel = model.module
     device = model.device
-    cases = dataset.eval_cases(protocol.split)
-    num_users = check_has_cases(cases, protocol.split)
+    num_users = check_has_cases(dataset.num_cases, protocol.split)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rows, first_item = local_rows(model)
     counts = torch.from_numpy(dataset.train_counts()).to(device) if protocol.kind == "popularity" else None
     metrics = RankingMetrics(protocol.ks, device)
     num_targets_seen = 0
-    for start in range(0, num_users, batch_users * world_size):
-        group = [
-            _Users(cases, start + r * batch_users, min(start + (r + 1) * batch_users, num_users), device)
-            for r in range(world_size)
-        ]
+    num_done = 0
+    for cases, start, stop in _groups(dataset, protocol.split, batch_users * world_size):
+        shares = [(start + r * batch_users, min(start + (r + 1) * batch_users, stop)) for r in range(world_size)]
+        group = [_Users(cases, *share, device) for share in shares]
         own = group[rank]
         item_ids, offsets = keep_last(own.history, own.offsets, max_seq_len)
         if protocol.kind == "full":
             query, _ = module.encode(item_ids, offsets, item_ids[:0])
-            everyone = _Users(cases, start, min(start + batch_users * world_size, num_users), device)
+            everyone = _Users(cases, start, stop, device)
             queries = _gather(query, [users.targets.numel() for users in group])
             above, tied = _count_above(module, queries, rows, first_item, everyone, protocol.exclude_seen)
         else:
@@ -81,8 +81,9 @@ def evaluate(
         if protocol.exclude_seen:
             ranks = ranks.masked_fill(seen, UNRANKED)
         metrics.update(ranks)
+        num_done += stop - start
         if progress is not None:
-            progress(min(start + batch_users * world_size, num_users), num_users)
+            progress(num_done, num_users)
     if protocol.kind != "full":  # each rank has ranked its own users
         totals = torch.cat([metrics.state(), torch.tensor([float(num_targets_seen)], dtype=torch.float64, device=device)])
         dist.all_reduce(totals)
@@ -92,11 +93,19 @@ def evaluate(
     return {**metrics.compute(), "num_users": num_users, "num_targets_seen": num_targets_seen}
 
 
-def check_has_cases(cases: EvalCases, split: str) -> int:
-    """Count the users of a split; raise an `InputError` when there is none."""
-    if not cases.targets.size:
+def check_has_cases(num_cases: int, split: str) -> int:
+    """Give the number of users of a split; raise an `InputError` when there is none."""
+    if not num_cases:
         raise InputError(f"the dataset has no user with three events or more: nothing to evaluate in split={split}")
-    return cases.targets.size
+    return num_cases
+
+
+def _groups(dataset: SequenceDataset | RowGroupDataset, split: str, size: int) -> Iterator[tuple[EvalCases, int, int]]:
+    """Cut the cases of a split into groups of at most ``size``: the cases in memory, where it begins and ends there."""
+    for cases in dataset.case_blocks(split):
+        num_cases = cases.targets.size
+        for start in range(0, num_cases, size):
+            yield cases, start, min(start + size, num_cases)
 
 
 class _Users:

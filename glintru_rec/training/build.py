@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
 from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
+from glintru_rec.data.reader import Ranks, RowGroupBatches
+from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import build_encoder
 from glintru_rec.errors import InputError
@@ -17,8 +20,8 @@ from glintru_rec.losses import LogUniform, NegativeSampler, Popularity, Uniform
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, from_first_rank, load_checkpoint, load_plain, read_state
-from glintru_rec.training.config import LossConfig, TrainConfig
-from glintru_rec.training.processes import join_ids
+from glintru_rec.training.config import DataConfig, LossConfig, TrainConfig
+from glintru_rec.training.processes import gather_numbers, join_ids, sum_counts
 
 
 def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
@@ -35,8 +38,32 @@ def build_distributed(config: TrainConfig, num_items: int, device: torch.device)
     return distribute(build_model(config, num_items, device), config.table, device, config.trainer.seed)
 
 
-def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: TrainingBatches, epoch: int) -> NegativeSampler:
-    """Make the sampler of this rank's negatives in an epoch, as ``loss`` says."""
+def open_dataset(data: DataConfig) -> SequenceDataset | RowGroupDataset:
+    """Open ``data.path``, in memory or on the disk as ``data.reader`` says."""
+    return SequenceDataset.open(data.path) if data.reader == "memory" else RowGroupDataset.open(data.path, data.row_groups_held)
+
+
+def build_batches(
+    config: TrainConfig, dataset: SequenceDataset | RowGroupDataset, causal: bool
+) -> TrainingBatches | RowGroupBatches:
+    """Make this rank's training batches; ``causal`` says whether the encoder has a target at every position."""
+    data, trainer = config.data, config.trainer
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sizes = (data.max_seq_len, trainer.batch_targets, trainer.seed)
+    if isinstance(dataset, RowGroupDataset):
+        ranks = Ranks(rank, world_size, gather_numbers, sum_counts)
+        return RowGroupBatches(dataset, *sizes, ranks, causal, data.reversed_share, data.reversed_epochs)
+    sequences = dataset.train_sequences()
+    return TrainingBatches(*sequences, *sizes, rank, world_size, causal, data.reversed_share, data.reversed_epochs)
+
+
+def build_negatives(
+    loss: LossConfig,
+    dataset: SequenceDataset | RowGroupDataset,
+    batches: TrainingBatches | RowGroupBatches,
+    epoch: int,
+) -> NegativeSampler:
+    """Make the sampler of this rank's negatives in an epoch, as ``loss`` says; all ranks do at once."""
     num_items, num_draws = dataset.num_items, loss.num_negatives
     join = join_ids if loss.gather_negatives else None
     if loss.negatives == "uniform":
@@ -44,7 +71,7 @@ def build_negatives(loss: LossConfig, dataset: SequenceDataset, batches: Trainin
     if loss.negatives == "log_uniform":
         return NegativeSampler(LogUniform(num_items), num_draws, join=join)
     if loss.negatives == "popularity":
-        counts = torch.from_numpy(dataset.train_counts())
+        counts = torch.from_numpy(batches.event_counts(num_items))
         return NegativeSampler(Popularity(counts, loss.popularity_power), num_draws, join=join)
     targets = Popularity(torch.from_numpy(batches.target_counts(num_items, epoch)))
     if loss.negatives == "in_batch":
@@ -62,7 +89,7 @@ def load_run(run_dir: Path, checkpoint: Path) -> tuple[TrainConfig, RunState]:
     return config, state
 
 
-def check_vocabulary(dataset: SequenceDataset, state: RunState, run_dir: Path) -> None:
+def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
     """Raise an `InputError` unless a run's item table belongs to the dataset's vocabulary."""
     if dataset.manifest["vocabulary_sha256"] != state.vocabulary_sha256:
         raise InputError(
@@ -85,7 +112,7 @@ def load_distributed(
     return config, model
 
 
-def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset) -> None:
+def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset | RowGroupDataset) -> None:
     """Fill a fresh model on all ranks with the weights of another run's best checkpoint.
 
     What has no weights may differ: dropout, ``causal``, the sharding of the table.

@@ -8,9 +8,10 @@ What bears the name ``step-…`` is whole.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from glintru_rec.data.batches import Place
 from glintru_rec.errors import InputError
 from glintru_rec.tables.sharding import materialize_state
 from glintru_rec.training.averaging import WeightAverage
@@ -37,6 +39,9 @@ class RunState:
         step: optimizer steps done.
         epoch: epoch under way, from 0.
         batches_in_epoch: batches of it that are done, of all ranks together (`TrainingBatches` numbers them).
+        chunks_begun: with ``data.reader=row_groups``, the chunks of it that are read in part: of each its number, how many
+            of its batches are done, and how many there are. Those of ranks 0, 1, … come first; null for a rank without one.
+        next_chunk: and the first that nobody has begun.
         best_step: step of the best validation; -1 before the first.
         best_value: its NDCG@10.
         validations_since_best: for early stopping.
@@ -51,12 +56,23 @@ class RunState:
     step: int = 0
     epoch: int = 0
     batches_in_epoch: int = 0
+    chunks_begun: Sequence[Any] = ()
+    next_chunk: int = 0
     best_step: int = -1
     best_value: float = 0.0
     validations_since_best: int = 0
     validated_step: int = -1
     value: float | None = None
     averaged: bool = False
+
+    @property
+    def place(self) -> Place:
+        """How far the epoch under way is done."""
+        return Place(self.batches_in_epoch, self.chunks_begun, self.next_chunk)
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self.batches_in_epoch, self.chunks_begun, self.next_chunk = place
 
 
 def load_checkpoint(

@@ -25,15 +25,23 @@ class DataConfig:
         reversed_share: share of the training histories that are read backwards in the first ``reversed_epochs``: helps
             where few events are known of an item.
         reversed_epochs: after these, all are read in order.
+        reader: ``memory`` (every rank holds the whole dataset) or ``row_groups`` (each rank holds ``row_groups_held`` row
+            groups of the dataset's files at a time, whatever its size).
+        row_groups_held: how many; they are shuffled together. `prepare` puts at most 16,384 users and about a million
+            events into one.
     """
 
     path: str = MISSING
     max_seq_len: int = 200
     reversed_share: float = 0.0
     reversed_epochs: int = 0
+    reader: str = "memory"
+    row_groups_held: int = 8
 
     def __post_init__(self):
         check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 1, "at least 1")
+        one_of("data.reader", self.reader, ("memory", "row_groups"))
+        check("data.row_groups_held", self.row_groups_held, self.row_groups_held >= 1, "at least 1")
         check("data.reversed_share", self.reversed_share, 0 <= self.reversed_share <= 1, "from 0 to 1")
         check("data.reversed_epochs", self.reversed_epochs, self.reversed_epochs >= 0, "at least 0")
         both = (self.reversed_share > 0) == (self.reversed_epochs > 0)

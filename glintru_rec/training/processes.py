@@ -110,6 +110,19 @@ def join_ids(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([each[: int(size)] for each, size in zip(padded, sizes)])
 
 
+def gather_numbers(number: int) -> list[int]:
+    """Give all ranks the numbers of all, in the order of ranks."""
+    numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, torch.tensor([number]))
+    return [int(each) for each in numbers]
+
+
+def sum_counts(counts: np.ndarray) -> np.ndarray:
+    """Sum an array over the ranks, in place."""
+    dist.all_reduce(torch.from_numpy(counts))
+    return counts
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Restart torch's generators for one step of one rank.
 

@@ -1,49 +1,34 @@
 """The training loop, to be read from the top: fit → train_epoch → train_step."""
 
-import math
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glintru_rec.data.batches import Batch, TrainingBatches
+from glintru_rec.data.batches import START, Batch
 from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
-from glintru_rec.files import write_json
 from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.build import build_distributed, build_negatives, check_vocabulary, warm_start
-from glintru_rec.training.checkpoint import (
-    RunState,
-    from_first_rank,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    rank_checkpoints,
-    read_state,
-)
+from glintru_rec.training.build import build_batches, build_distributed, build_negatives, check_vocabulary, warm_start
+from glintru_rec.training.checkpoint import RunState, from_first_rank, load_checkpoint, newest_checkpoint, read_state
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.ending import write_finished
+from glintru_rec.training.monitor import BadLoss, Monitor, describe_checkpoints, name_batch
 from glintru_rec.training.processes import StopSignals, seed_step
-from glintru_rec.training.rank_meter import RankMeter, describe_lag
+from glintru_rec.training.rank_meter import RankMeter
 from glintru_rec.training.run_log import RunLog
-from glintru_rec.training.summary import count_parameters, peak_memory, summarize_records
-
-# Greater than the number of any batch.
-NO_BATCH = 2**62
-# Users and items that are named of a batch whose loss is bad.
-NUM_NAMED = 5
-SECONDS_BETWEEN_LAGS = 60.0
+from glintru_rec.training.schedule import LearningRates
+from glintru_rec.training.summary import peak_memory
 
 
 class Stopped(Exception):
@@ -55,16 +40,16 @@ class Trainer:
 
     Args:
         config: the whole run.
-        dataset: opened from ``config.data.path``.
+        dataset: opened from ``config.data.path`` (`open_dataset`).
         device: of this rank; the process group exists.
     """
 
-    def __init__(self, config: TrainConfig, dataset: SequenceDataset, device: torch.device):
+    def __init__(self, config: TrainConfig, dataset: SequenceDataset | RowGroupDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(config.output)
         self.num_items = dataset.num_items
-        check_has_cases(dataset.eval_cases("valid"), "valid")  # now, not after the first epoch
+        check_has_cases(dataset.num_cases, "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device)
         # A run that goes on has weights of its own.
         if config.trainer.init_from and from_first_rank(lambda: newest_checkpoint(self.run_dir)) is None:
@@ -75,25 +60,13 @@ class Trainer:
             config.table,
             lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay, fused=True),
         )
-        self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.learning_rates = LearningRates(self.optimizer, dense.schedule, dense.warmup_steps)
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
         self.sampled_softmax = sampled_softmax
         if config.trainer.compile:  # in place: the names of the parameters stay as they are
             self.model.module.encoder.compile(fullgraph=True, dynamic=True)
             self.sampled_softmax = torch.compile(sampled_softmax, fullgraph=True, dynamic=True)
-        items, offsets = dataset.train_sequences()
-        self.batches = TrainingBatches(
-            items,
-            offsets,
-            config.data.max_seq_len,
-            config.trainer.batch_targets,
-            config.trainer.seed,
-            self.rank,
-            self.world_size,
-            every_position=self.model.module.encoder.causal,
-            reversed_share=config.data.reversed_share,
-            reversed_epochs=config.data.reversed_epochs,
-        )
+        self.batches = build_batches(config, dataset, self.model.module.encoder.causal)
         self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
@@ -108,11 +81,9 @@ class Trainer:
             config.trainer.checkpoint_in_background,
             config.trainer.timeout_seconds,
         )
-        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # since the last record: losses, targets
-        self.bad_batch = torch.tensor(NO_BATCH, device=device)  # number of the first of the epoch with a bad loss
         spread = config.table.sharding == "row_wise"
-        self.meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
-        self.recorded, self.lag_said = time.monotonic(), -math.inf
+        meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
+        self.monitor = Monitor(meter, config.trainer.max_loss, device)
         self.protocol = Protocol(split="valid")
         self.epoch_begun_anew = -1  # by a run that went on with other batches
 
@@ -132,7 +103,7 @@ class Trainer:
             )
         if state.batching != self.state.batching:
             # Other batches, or data: start the epoch under way anew rather than skip or repeat parts of it.
-            state.batches_in_epoch, state.batching = 0, self.state.batching
+            state.place, state.batching = START, self.state.batching
             self.epoch_begun_anew = state.epoch
             if self.rank == 0:
                 print("batches or data are other ones than before: the epoch under way starts anew", flush=True)
@@ -151,7 +122,7 @@ class Trainer:
         self.log = RunLog(self.run_dir, state.step, state.validated_step, self.config) if self.rank == 0 else None
         if self.rank == 0:
             (self.run_dir / "finished.json").unlink(missing_ok=True)  # of a shorter run that now goes on
-        ahead = self.batches.num_steps(state.epoch, state.batches_in_epoch)
+        ahead = self.batches.num_steps(state.epoch, state.place)
         ahead += max(0, trainer.max_epochs - state.epoch - 1) * self.batches.num_steps(state.epoch)
         total = state.step + ahead
         self.progress = Progress("train", min(total, trainer.max_steps or total), "steps", enabled=self.rank == 0)
@@ -173,7 +144,7 @@ class Trainer:
             self.train_epoch()
             if self._out_of_steps():
                 break
-            self.state.epoch, self.state.batches_in_epoch = self.state.epoch + 1, 0
+            self.state.epoch, self.state.place = self.state.epoch + 1, START
         if self.state.validated_step != self.state.step:
             self.validate()
             self.save()
@@ -197,34 +168,17 @@ class Trainer:
         if self.log is None:
             return
         self.log.close()
-        best = read_state(rank_checkpoints(list_checkpoints(self.run_dir))[0])
-        if best.step != state.best_step and best.value is not None:
-            lost = f"the checkpoint of step {state.best_step}, ndcg@10 {state.best_value:.4f}, could not be written"
-            print(f"warning: {lost}; the best there is: step {best.step}, {best.value:.4f}", file=sys.stderr, flush=True)
-            state.best_step, state.best_value = best.step, best.value
-        write_json(self.run_dir / "finished.json", self._summary())
-
-    def _summary(self) -> dict:
-        """Say how the run went, all its parts together."""
-        state = self.state
-        return {
-            "steps": state.step,
-            "epochs": state.epoch,
-            "best_step": state.best_step,
-            "valid_ndcg@10": state.best_value,
-            **summarize_records(self.run_dir / "metrics.jsonl", state.best_step),
-            "num_parameters": count_parameters(self.model.module, self.num_items),
-        }
+        write_finished(self.run_dir, state, self.model.module, self.num_items)
 
     def train_epoch(self) -> None:
         """Train on what is left of the epoch under way."""
         trainer, state = self.config.trainer, self.state
         self.begin_epoch()
-        self.recorded = time.monotonic()
-        for batch in self.batches.epoch(state.epoch, state.batches_in_epoch):
-            self._add(self.train_step(batch), state.batches_in_epoch + self.rank)
+        self.monitor.restart_clock()
+        for batch in self.batches.epoch(state.epoch, state.place):
+            self.monitor.add(self.train_step(batch), state.batches_in_epoch, self.batches.given)
             state.step += 1
-            state.batches_in_epoch += self.world_size
+            state.place = self.batches.place
             if state.step % trainer.log_every_steps == 0:
                 self._record()
             if trainer.checkpoint_every_steps and state.step % trainer.checkpoint_every_steps == 0:
@@ -237,7 +191,6 @@ class Trainer:
     def begin_epoch(self) -> None:
         """Make ready what the steps of the epoch under way share."""
         self.model.train()
-        self.batches_of_epoch = self.batches.num_batches(self.state.epoch)
         if not self.whole_catalog:  # anew for every epoch: which items are targets may change
             self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, self.state.epoch)
 
@@ -253,7 +206,7 @@ class Trainer:
             Sum of this rank's losses and number of its targets, float64 ``[2]``.
         """
         seed_step(self.config.trainer.seed, self.state.step, self.rank)
-        self._set_learning_rate()
+        self._set_learning_rates()
         self.optimizer.zero_grad()
         losses = self._losses(batch)
         # A fixed divisor, not the batch's own count: every target of the epoch weighs the same.
@@ -329,7 +282,7 @@ class Trainer:
             self.state.value = None
         self.checkpoints.save(self.state)
         self._log_saves()
-        self.recorded = time.monotonic()  # copying a checkpoint is no training
+        self.monitor.restart_clock()  # copying a checkpoint is no training
 
     def _wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on the disk, or cannot be."""
@@ -370,22 +323,12 @@ class Trainer:
     def _out_of_steps(self) -> bool:
         return 0 < self.config.trainer.max_steps <= self.state.step
 
-    def _set_learning_rate(self) -> None:
-        """Raise all learning rates, then lower them as scheduled; the fused table reads its own at the next ``zero_grad``."""
-        state, trainer, optimizer = self.state, self.config.trainer, self.config.optimizer
-        done = (state.epoch + state.batches_in_epoch / self.batches_of_epoch) / trainer.max_epochs
+    def _set_learning_rates(self) -> None:
+        state, trainer = self.state, self.config.trainer
+        done = (state.epoch + self.batches.share_done(state.epoch, state.place)) / trainer.max_epochs
         if trainer.max_steps:
             done = max(done, state.step / trainer.max_steps)
-        scale = learning_rate_scale(optimizer.schedule, done, state.step, optimizer.warmup_steps)
-        for group, base in zip(self.optimizer.param_groups, self.base_learning_rates):
-            group["lr"] = base * scale
-
-    def _add(self, sums: Tensor, number: int) -> None:
-        """Take in a step's sums, of batch ``number`` of the epoch; nothing here waits for the device."""
-        self.loss_sum += sums
-        loss, count = sums
-        is_bad = ~loss.isfinite() | (loss > (self.config.trainer.max_loss or math.inf) * count)
-        self.bad_batch = torch.where(is_bad, self.bad_batch.clamp(max=number), self.bad_batch)
+        self.learning_rates.set(done, state.step)
 
     def _record(self) -> None:
         """Write the mean loss of all ranks since the last record, if there was a step.
@@ -393,59 +336,24 @@ class Trainer:
         Raises:
             InputError: the loss of a batch was not finite, or too high.
         """
-        own_targets = float(self.loss_sum[1])
-        dist.all_reduce(self.loss_sum)
-        dist.all_reduce(self.bad_batch, dist.ReduceOp.MIN)
-        (total, count), bad_batch = self.loss_sum.tolist(), int(self.bad_batch)
-        self.loss_sum.zero_()
-        seconds, self.recorded = time.monotonic() - self.recorded, time.monotonic()
-        if not count:
+        bad = self.monitor.find_bad_loss()
+        if bad is not None:
+            raise self._diverged(bad)
+        figures = self.monitor.collect()
+        if figures is None:
             return
-        if bad_batch < NO_BATCH:
-            raise self._diverged(bad_batch)
-        loss, rate = total / count, count / seconds
-        ranks = self.meter.collect(own_targets)
         if self.log is not None:
-            figures = {"loss": loss, "targets_per_second": rate, "seconds": seconds, "num_targets": int(count)}
-            self.log.write("train", self.state.step, self.state.epoch, **figures, **ranks)
-            lag = describe_lag(ranks["rank_seconds"], ranks["rank_targets_per_second"])
-            if lag and time.monotonic() - self.lag_said >= SECONDS_BETWEEN_LAGS:
-                self.lag_said = time.monotonic()
-                print(lag, file=sys.stderr, flush=True)
-        self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  loss {loss:.4f}  {rate:,.0f} targets/s")
+            self.log.write("train", self.state.step, self.state.epoch, **figures)
+        speed = f"loss {figures['loss']:.4f}  {figures['targets_per_second']:,.0f} targets/s"
+        self.progress.update(self.state.step, f"epoch {self.state.epoch + 1}  {speed}")
 
-    def _diverged(self, number: int) -> InputError:
-        """Say what batch ``number`` of the epoch, the first with a bad loss, was made of, and what is left."""
-        step = self.state.step - (self.state.batches_in_epoch - 1 - number) // self.world_size
-        batch, sequences = self.batches.look_up(self.state.epoch, number)
-        users = self.dataset.user_ids.take(pa.array(np.unique(sequences))).to_pylist()
-        items = self.dataset.vocabulary.decode(batch.item_ids.unique().numpy()).to_pylist()
+    def _diverged(self, bad: BadLoss) -> InputError:
+        """Say what the batch with the bad loss was made of, and what is left."""
+        step, epoch, max_loss = self.state.step - bad.steps_ago, self.state.epoch, self.config.trainer.max_loss
+        named = name_batch(bad, self.batches, self.dataset, epoch)
         self._wait_for_checkpoint()
-        checkpoints = list_checkpoints(self.run_dir)
-        good = [checkpoint for checkpoint in checkpoints if read_state(checkpoint).step < step - 1]
-        spoilt = [str(checkpoint) for checkpoint in checkpoints if checkpoint not in good]  # the loss is of these weights
-        limit = f", or is above trainer.max_loss={self.config.trainer.max_loss}" if self.config.trainer.max_loss else ""
+        limit = f", or is above trainer.max_loss={max_loss}" if max_loss else ""
         return InputError(
-            f"the loss of batch {number + 1} of epoch {self.state.epoch + 1}, at step {step}, is not finite{limit}: "
-            f"lower the learning rates, or look at its users {_name_some(users)} and items {_name_some(items)}; "
-            f"last good checkpoint: {good[-1] if good else 'there is none yet'}"
-            + (f"; do not go on from {', '.join(spoilt)}" if spoilt else "")
+            f"the loss of batch {bad.number + 1} of epoch {epoch + 1}, at step {step}, is not finite{limit}: "
+            f"lower the learning rates, or look at its {named}; {describe_checkpoints(self.run_dir, step)}"
         )
-
-
-def _name_some(ids: list) -> str:
-    more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
-    return ", ".join(map(repr, ids[:NUM_NAMED])) + more
-
-
-def learning_rate_scale(schedule: str, done: float, step: int, warmup_steps: int) -> float:
-    """Give the factor of all learning rates: a linear rise over the first steps, times the schedule.
-
-    Args:
-        schedule: ``constant``, ``linear`` or ``cosine``.
-        done: share of the training that lies behind, from 0 to 1.
-        step: steps that lie behind.
-        warmup_steps: 0 for none.
-    """
-    rising = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return rising * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
