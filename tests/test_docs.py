@@ -11,7 +11,19 @@ from tests.conftest import REPOSITORY, environment
 
 DOCS = REPOSITORY / "docs"
 # In this order: later pages use what the quickstart made. Blocks that need MovieLens or a GPU are marked as text.
-PAGES = ("quickstart", "data", "losses", "catalogs", "checkpoints", "search", "scoring", "streaming", "ranking", "published")
+PAGES = (
+    "quickstart",
+    "data",
+    "losses",
+    "catalogs",
+    "checkpoints",
+    "search",
+    "evaluation",
+    "scoring",
+    "streaming",
+    "ranking",
+    "published",
+)
 
 # Runs the programs that a page's commands name in this one process: they are the same, without ten imports of torch. What
 # TorchX and several ranks add has tests of its own, so here `--nproc` is left out; trainings are short.

@@ -2,7 +2,9 @@
 
 In every step all ranks wait for the slowest, so their steps take equally long. What differs is the time from when a rank has
 its table rows to when it has their gradients: encoder and loss, forwards and backwards, with no exchange between ranks in it
-(but with ``loss.gather_negatives``, which is over before, and gradients, which are sent on the way and waited for after).
+(but with ``loss.gather_negatives``, which is over before, and gradients, which are sent on the way and waited for after). The
+rest is exchange: from when a rank asks the table for rows until it has them, and from when it has the rows' gradients until the
+backward pass ends; the all-to-alls both ways, looking up, updating, and waiting for slower ranks.
 """
 
 import statistics
@@ -28,8 +30,10 @@ class RankMeter:
 
     def __init__(self, table: nn.Module, rows_per_rank: int):
         self.rows_per_rank, self.world_size = rows_per_rank, dist.get_world_size()
-        self.spans: list[tuple[Any, Any]] = []  # beginnings and ends, seconds or CUDA events
+        self.spans: list[tuple[Any, Any]] = []  # of encoder and loss: beginnings and ends, seconds or CUDA events
+        self.exchanges: list[tuple[Any, Any]] = []
         self.lookups = torch.zeros(self.world_size, dtype=torch.int64)
+        table.register_forward_pre_hook(self._asked)
         table.register_forward_hook(self._looked_up)
 
     def collect(self, num_targets: float) -> dict[str, list[float]]:
@@ -39,21 +43,29 @@ class RankMeter:
             num_targets: that this rank has trained on.
 
         Returns:
-            By rank: ``rank_seconds`` in encoder and loss, ``rank_targets_per_second`` over these, and of a table spread by
-            rows ``rank_lookups``, rows that it was asked for by all.
+            By rank: ``rank_seconds`` in encoder and loss, ``rank_targets_per_second`` over these,
+            ``rank_exchange_seconds``, and of a table spread by rows ``rank_lookups``, rows that it was asked for by all.
         """
-        own = torch.tensor([sum(_seconds(*span) for span in self.spans), num_targets], dtype=torch.float64)
-        self.spans = []
+        spent, exchanging = (sum(_seconds(*span) for span in spans) for spans in (self.spans, self.exchanges))
+        own = torch.tensor([spent, num_targets, exchanging], dtype=torch.float64)
+        self.spans, self.exchanges = [], []
         ranks = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(ranks, own)
-        seconds, targets = torch.stack(ranks).T.tolist()
+        seconds, targets, exchanges = torch.stack(ranks).T.tolist()
         rates = [count / spent if spent else 0.0 for count, spent in zip(targets, seconds)]
-        figures = {"rank_seconds": seconds, "rank_targets_per_second": rates}
+        figures = {"rank_seconds": seconds, "rank_targets_per_second": rates, "rank_exchange_seconds": exchanges}
         if self.rows_per_rank:
             lookups, self.lookups = self.lookups.cpu(), torch.zeros_like(self.lookups)
             dist.all_reduce(lookups)
             figures["rank_lookups"] = lookups.tolist()
         return figures
+
+    def backward_ended(self, loss: Tensor) -> None:
+        """Take in that the backward pass of a ``loss`` is over."""
+        self.exchanges.append((self.spans[-1][1], _now(loss)))
+
+    def _asked(self, _: nn.Module, ids: tuple[Tensor, ...]) -> None:
+        self.asked = _now(ids[0])
 
     def _looked_up(self, _: nn.Module, ids: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> None:
         if not torch.is_grad_enabled():  # a validation
@@ -62,6 +74,7 @@ class RankMeter:
             owners = torch.cat(ids) // self.rows_per_rank
             self.lookups = self.lookups.to(owners.device).index_add_(0, owners, torch.ones_like(owners))
         begin, place = _now(rows[0]), len(self.spans)
+        self.exchanges.append((self.asked, begin))
         self.spans.append((begin, begin))
 
         def has_gradient(gradient: Tensor) -> None:

@@ -211,6 +211,7 @@ class Trainer:
         losses = self._losses(batch)
         # A fixed divisor, not the batch's own count: every target of the epoch weighs the same.
         (losses.sum() / self.config.trainer.batch_targets).backward()
+        self.monitor.meter.backward_ended(losses)
         if self.config.optimizer.max_grad_norm > 0:
             dense = [parameter for parameter in self.model.module.parameters() if parameter.grad is not None]
             torch.nn.utils.clip_grad_norm_(dense, self.config.optimizer.max_grad_norm)
