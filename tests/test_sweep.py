@@ -95,6 +95,16 @@ def test_bad_input_is_named(tool, arguments, message):
         tool.read_command_line(arguments)
 
 
+def test_hydras_flag_leads_here(monkeypatch, capsys):
+    from glintru_rec.programs.launcher import run
+    from glintru_rec.training.config import TrainConfig
+
+    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "trainer.seed=0,1"])
+    with pytest.raises(SystemExit, match="2"):
+        run("train", TrainConfig, lambda config: None)
+    assert "tools/sweep.py" in capsys.readouterr().err
+
+
 @pytest.mark.programs
 def test_searches_fail_by_name_and_go_on(tool, dataset_dir, tmp_path):
     """One value cannot be trained with; the second call trains nothing that has its result."""
