@@ -39,7 +39,7 @@ def draw(runs: dict[str, Path], output: Path) -> None:
         figures.plot(*zip(*valid), label=name, marker="o", markersize=3, linewidth=1.2)
     losses.set(xlabel="step", ylabel="training loss, nats")
     figures.set(xlabel="epoch", ylabel="NDCG@10 (valid)")
-    figures.legend(fontsize=8)
+    losses.legend(fontsize=8, loc="upper right")
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
     pyplot.close(figure)
 
