@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
 from glintru_rec.export.item_files import PRECISIONS
@@ -66,6 +67,7 @@ def export_run(config: ExportConfig) -> None:
     run_dir = Path(config.checkpoint)
     config_of_run, state, vocabulary, model = load_unsharded(run_dir)
     dataset = Path(config.data.path or config_of_run.data.path)
+    side_vocabulary = SideVocabulary.load(run_dir)
     manifest = export_artifact(
         model.encoder,
         model.similarity,
@@ -83,7 +85,9 @@ def export_run(config: ExportConfig) -> None:
         },
         precision=config.precision,
         format=config.format,
-        validation=None if config.precision == "fp32" else _validation(config, dataset, state),
+        validation=None if config.precision == "fp32" else _validation(config, dataset, state, side_vocabulary),
+        side=model.side,
+        side_vocabulary=side_vocabulary,
     )
     write_config(config, Path(config.output) / "export.config.yaml")
     for method, figures in manifest["parity"].items():
@@ -95,12 +99,12 @@ def export_run(config: ExportConfig) -> None:
     print(f"written: {config.output}")
 
 
-def _validation(config: ExportConfig, path: Path, state: RunState) -> Validation:
+def _validation(config: ExportConfig, path: Path, state: RunState, side: SideVocabulary) -> Validation:
     if not (path / MANIFEST_FILE).is_file():
         raise InputError(
             f"precision={config.precision} is measured on the run's dataset, which is not at {str(path)!r}: give data.path=…"
         )
-    dataset = SequenceDataset.open(path)
+    dataset = SequenceDataset.open(path, side.names)
     check_vocabulary(dataset, state, Path(config.checkpoint))
     return Validation(dataset.eval_cases("valid"), config.max_ndcg_loss, config.validation_users)
 
