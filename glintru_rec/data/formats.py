@@ -98,7 +98,10 @@ class LogFile:
             # The other text formats know no quotes: a '"' in an id is a letter of it.
             parameters |= {"delimiter": self.delimiter, "quote": '"' if self.format is Format.CSV else ""}
         more = "".join(f", {column} AS side_{place}" for place, column in enumerate(side))
-        return f"SELECT {row} AS row, {user} AS user_raw, {item} AS item_raw, {time} AS time_raw{more} FROM {source}", parameters
+        return (
+            f"SELECT {row} AS row, {user} AS user_raw, {item} AS item_raw, {time} AS time_raw{more} FROM {source}",
+            parameters,
+        )
 
 
 def open_log(location: str, names: LogColumns) -> list[LogFile]:

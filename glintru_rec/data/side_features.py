@@ -37,7 +37,7 @@ class SideVocabulary:
 
     @classmethod
     def load(cls, folder: str | Path) -> "SideVocabulary":
-        """Read ``vocabulary/side_features.json`` of a dataset, a run or an artifact; where there is none, there are no features.
+        """Read ``vocabulary/side_features.json`` of a dataset, a run or an artifact; without one there are no features.
 
         Raises:
             InputError: the file is no such vocabulary.
@@ -106,6 +106,7 @@ class SideVocabulary:
         return values.take(pa.array(indices, pa.int64()))
 
 
+NO_SIDE = SideVocabulary()
 CATEGORICAL = "write whole numbers, booleans or strings (a number with a fraction: in buckets, or as text)"
 
 

@@ -20,10 +20,16 @@ class SideEmbeddings(nn.Module):
         sizes: rows of each feature's table, the unknown one among them; empty: `forward` changes nothing.
         width: D.
         init_std: standard deviation of the other rows' start.
+
+    Attributes:
+        sizes: as given.
     """
+
+    sizes: list[int]
 
     def __init__(self, sizes: Sequence[int], width: int, init_std: float = 0.02):
         super().__init__()
+        self.sizes = list(sizes)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         for weight in self.parameters():
             nn.init.normal_(weight, std=init_std)
@@ -49,7 +55,7 @@ class SideEmbeddings(nn.Module):
                 raise ValueError(f"side_ids are missing: the model reads {len(self.tables)} side feature(s) of each event")
             return x
         if side_ids.dim() != 2 or side_ids.size(0) != x.size(0) or side_ids.size(1) != len(self.tables):
-            raise ValueError(f"side_ids are {side_ids.size()}; they must be [{x.size(0)}, {len(self.tables)}]")
+            raise ValueError(f"side_ids are {list(side_ids.size())}; they must be [{x.size(0)}, {len(self.tables)}]")
         for feature, table in enumerate(self.tables):
             x = x + table(side_ids[:, feature])
         return x

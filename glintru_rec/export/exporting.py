@@ -108,7 +108,7 @@ def export_artifact(
     one_of("format", format, FORMATS)
     side_vocabulary = side_vocabulary or SideVocabulary()
     side = side if side is not None else SideEmbeddings([], encoder.width)
-    assert [table.weight.size(0) for table in side.tables] == side_vocabulary.sizes
+    assert side.sizes == side_vocabulary.sizes
     if format != "torchscript":
         check_exportable(format, encoder, precision, side_vocabulary.names)
     side = copy.deepcopy(side).to("cpu", torch.float32).eval().requires_grad_(False)
@@ -124,7 +124,7 @@ def export_artifact(
         written: Any
         if format == "torchscript":
             written = _write_script(encoder, similarity, item_vectors[:0], max_seq_len, precision, side, folder)
-            methods, models = signature(vector_dim, encoder.state_size, len(side.tables)), [MODEL_FILE]
+            methods, models = signature(vector_dim, encoder.state_size, len(side.sizes)), [MODEL_FILE]
         else:
             stored = map_array(str(folder / VECTORS_FILE))
             written = write_programs(format, encoder, similarity, stored, max_seq_len, folder)

@@ -90,9 +90,7 @@ def measure_parity(
         top_again = torch.where(top_ids < 0, -torch.inf, catalog.gather(1, top_ids.clamp(min=0)))
         differences = {
             "encode": _difference(module.encode(item_ids, lengths, *_given(side_ids)), query),
-            "score": _difference(
-                module.score(item_ids, lengths, candidates, candidate_lengths, *_given(side_ids)), scores
-            ),
+            "score": _difference(module.score(item_ids, lengths, candidates, candidate_lengths, *_given(side_ids)), scores),
             # The order of nearly equal scores may differ: compare sorted scores, and what the model gives the same ids.
             "top_k": torch.maximum(_difference(top_scores, best), _difference(top_again, best)),
         }
@@ -104,8 +102,7 @@ def measure_parity(
 
 def _random_side_ids(side: SideEmbeddings, num_items: int, generator: torch.Generator) -> Tensor | None:
     """Draw indices of every feature's values, ``[T, F]``; None where there is no feature."""
-    sizes = [table.weight.size(0) for table in side.tables]
-    columns = [torch.randint(size, (num_items,), generator=generator) for size in sizes]
+    columns = [torch.randint(size, (num_items,), generator=generator) for size in side.sizes]
     return torch.stack(columns, dim=1) if columns else None
 
 

@@ -16,7 +16,9 @@ _NUMBERS = {3: "three", 4: "four"}
 class ScoreConfig:
     """What to score, and how.
 
-    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too.
+    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too. Where the
+    model reads side features of events, the input has a column under the name of each: a list as long as the history (in
+    mode update, the event's value); null is an unknown value.
 
     The same command again goes on where a killed job was. Exit status: 0, also when all was done before; 2 for bad input, an
     output begun with another config, artifact or input, or one that another job is writing; 3 where some input files could

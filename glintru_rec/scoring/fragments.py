@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.data.formats import find_files
+from glintru_rec.data.side_features import CATEGORICAL, NO_SIDE, SideVocabulary, is_categorical
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
@@ -68,7 +69,7 @@ class Fragment:
     num_rows: int
     user_type: pa.DataType
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits) -> Iterator[Rows]:
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, side: SideVocabulary = NO_SIDE) -> Iterator[Rows]:
         """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
 
         Raises:
@@ -76,7 +77,7 @@ class Fragment:
         """
         first_row = 1
         for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits)
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits, side)
             first_row += len(batch)
 
     def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
@@ -94,8 +95,9 @@ class Fragment:
     def _pieces(self, file: pq.ParquetFile, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Read ``num_rows`` rows at a time, and fewer at the end of a row group."""
         # Each row group has dictionaries of its own, and pyarrow cannot read a list of two of them into one batch.
+        columns = [self.columns.user, *self.columns.lists, *self.columns.side]
         for group in range(file.num_row_groups):
-            yield from file.iter_batches(num_rows, row_groups=[group], columns=[self.columns.user, *self.columns.lists])
+            yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
 
     def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
         """Join pieces to batches; only a piece alone may be larger than a batch."""
@@ -176,11 +178,15 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except _UNREADABLE as error:
         raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
-    for column in (columns.user, *columns.lists):
+    for column in (columns.user, *columns.lists, *columns.side):
         if column not in schema.names:
             raise InputError(
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
-                f"Name the right ones with user_column, history_column, candidates_column and deny_column"
+                + (
+                    "The model reads a list of this side feature beside each history"
+                    if column in columns.side
+                    else "Name the right ones with user_column, history_column, candidates_column and deny_column"
+                )
             )
         if schema.names.count(column) > 1:
             raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
@@ -193,17 +199,25 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
                 f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
                 f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
             )
+    for column in columns.side:
+        kind = schema.field(column).type
+        if not (_is_list(kind) and is_categorical(kind.value_type)):
+            raise InputError(f"column {column!r} of {str(path)!r} has type {kind}; it must hold lists: {CATEGORICAL}")
     return Fragment(input_file, columns, num_rows, user_type)
 
 
 def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:
     """Say whether a column is made of lists of the vocabulary's ids."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not _is_list(kind):
         return False
     item = _plain(kind.value_type)
     if pa.types.is_null(item):  # all lists of the file are empty, or hold nulls alone
         return True
     return pa.types.is_integer(item) if vocabulary.id_type == "int64" else str(item) in _STRINGS
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

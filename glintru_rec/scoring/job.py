@@ -70,7 +70,8 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     ledger = Ledger(output, _terms(config, artifact), files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
-    columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
+    side_columns = tuple(artifact.side.names)
+    columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None, side_columns)
     opened = open_fragments(files, columns, artifact.vocabulary)
     with ExitStack() as until_the_end:
 
@@ -147,7 +148,7 @@ def _score_fragment(
 
     def read() -> Iterator[Rows]:
         limits = Limits(config.max_candidates, keep_empty=config.empty_history == "popular")
-        batches = fragment.read(config.batch_size, artifact.vocabulary, limits)
+        batches = fragment.read(config.batch_size, artifact.vocabulary, limits, artifact.side)
         while True:
             with timed(seconds, "read"):
                 rows = next(batches, None)

@@ -2,10 +2,11 @@
 
 Rows that cannot be scored come out too, each with its reason. No step is a loop over rows.
 
-Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ragged column.
+Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ragged column, F side features.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 
 
@@ -22,6 +24,7 @@ class Reason(enum.StrEnum):
     NULL_USER = "null_user"
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
+    OTHER_LENGTH = "side_feature_of_other_length"
     NULL_DENIED = "null_denied"
     NULL_DENIED_ITEM = "null_denied_item"
     NULL_CANDIDATES = "null_candidates"
@@ -42,10 +45,12 @@ class Columns(NamedTuple):
     """None where no candidates are asked for."""
     denied: str | None = None
     """None where no row has items to leave out."""
+    side: tuple[str, ...] = ()
+    """Lists of side features, as long as the histories."""
 
     @property
     def lists(self) -> list[str]:
-        """The names of those that hold lists."""
+        """The names of those that hold lists of items."""
         return [name for name in (self.history, self.candidates, self.denied) if name is not None]
 
 
@@ -77,6 +82,7 @@ class Rows:
         history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
         denied: the known items that must not be found for each.
+        side_ids: side features of the events in ``history``, int64 ``[T, F]``.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
@@ -88,13 +94,20 @@ class Rows:
     history: Ragged
     candidates: Ragged
     denied: Ragged
+    side_ids: np.ndarray
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
 
 
 def decode(
-    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, limits: Limits
+    batch: pa.RecordBatch,
+    columns: Columns,
+    vocabulary: Vocabulary,
+    fragment: str,
+    first_row: int,
+    limits: Limits,
+    side: SideVocabulary = NO_SIDE,
 ) -> Rows:
     """Look up the items of a batch and set aside the rows that cannot be scored.
 
@@ -105,6 +118,7 @@ def decode(
         fragment: where the rows are from, for what is set aside.
         first_row: number of the batch's first row in the fragment.
         limits: which whole rows are to be scored.
+        side: gives the indices of the values of ``columns.side``. A row without a list has unknown values.
     """
     users = plain(batch.column(columns.user))
     no_lists = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
@@ -117,6 +131,9 @@ def decode(
     _mark(reason, Reason.NULL_USER, _is_null(users))
     _mark(reason, Reason.NULL_HISTORY, history.is_null)
     _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    for name in columns.side:
+        lengths = pc.list_value_length(batch.column(name)).fill_null(-1).to_numpy(zero_copy_only=False)
+        _mark(reason, Reason.OTHER_LENGTH, (lengths >= 0) & (lengths != history.lengths))
     _mark(reason, Reason.NULL_DENIED, denied.is_null)
     _mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
     _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
@@ -140,12 +157,27 @@ def decode(
         history=history.known(keep),
         candidates=candidates.known(keep),
         denied=denied.known(keep),
+        side_ids=_side_ids(batch, columns.side, side, history, keep),
         unknown_history_items=len(unknown_items),
         unknown_candidates=located(
             candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
         ),
         set_aside=located(aside, "reason", pa.array(_REASONS[reason[aside]], pa.string())),
     )
+
+
+def _side_ids(
+    batch: pa.RecordBatch, names: Sequence[str], side: SideVocabulary, history: "_Lists", keep: np.ndarray
+) -> np.ndarray:
+    """Look up the side features of the known items of the rows to keep, whose lists are as long as the history or null."""
+    is_event = (history.indices >= 0) & keep[history.rows]
+    side_ids = np.zeros((is_event.sum(), len(names)), np.int64)
+    for place, name in enumerate(names):
+        column = batch.column(name)
+        has_list = keep & ~_is_null(column)
+        values = column.filter(pa.array(has_list)).flatten()
+        side_ids[has_list[history.rows[is_event]], place] = side.encode(name, values)[is_event[has_list[history.rows]]]
+    return side_ids
 
 
 def plain(array: pa.Array) -> pa.Array:

@@ -50,19 +50,21 @@ class Scorer:
         item_ids, lengths, candidates, candidate_lengths = (
             torch.from_numpy(array).to(config.device) for array in (*rows.history, *rows.candidates)
         )
+        # Artifacts of models without side features may be of a time when no method took any.
+        side = (torch.from_numpy(rows.side_ids).to(config.device),) if artifact.side.names else ()
         is_empty = lengths == 0
         if config.mode == "encode":
-            query = artifact.module.encode(item_ids, lengths).cpu().numpy()
+            query = artifact.module.encode(item_ids, lengths, *side).cpu().numpy()
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(query.ravel()), query.shape[1])
             return pa.table([rows.users, embedding], schema=self.schema(rows.users.type))
         if config.mode == "candidates":
-            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
+            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths, *side)
             if self._counts is not None:
                 of_empty = is_empty.repeat_interleave(candidate_lengths)
                 scores[of_empty] = self._counts[candidates[of_empty]]
             return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
         k = min(config.top_k, artifact.vocabulary.num_items)
-        query = artifact.module.encode(item_ids, lengths)
+        query = artifact.module.encode(item_ids, lengths, *side)
         out, out_lengths = (item_ids, lengths) if config.exclude_seen else (item_ids[:0], torch.zeros_like(lengths))
         if config.deny_column:
             denied, denied_lengths = (torch.from_numpy(array).to(config.device) for array in rows.denied)

@@ -27,9 +27,7 @@ from glintru_rec.training.config import LossConfig, TrainConfig
 from glintru_rec.training.processes import gather_numbers, join_ids, sum_counts
 
 
-def build_model(
-    config: TrainConfig, num_items: int, device: torch.device, side_sizes: Sequence[int] = ()
-) -> SequenceModel:
+def build_model(config: TrainConfig, num_items: int, device: torch.device, side_sizes: Sequence[int] = ()) -> SequenceModel:
     """Make a fresh model; the weights follow from ``config.trainer.seed``.
 
     Args:
