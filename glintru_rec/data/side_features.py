@@ -97,13 +97,26 @@ class SideVocabulary:
             column = column.dictionary_decode()
         if not is_categorical(column.type):
             raise InputError(f"side feature {name!r} holds {column.type}; {CATEGORICAL}")
-        places = pc.index_in(column.cast(pa.string()), value_set=pa.array(self.values[name], pa.string()), skip_nulls=True)
-        return places.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+        return rows_of(column.cast(pa.string()), pa.array(self.values[name], pa.string()))
 
     def decode(self, name: str, indices: np.ndarray) -> pa.Array:
         """Give the value of every index, null for 0: string ``[N]``."""
         values = pa.array([None, *self.values[name]], pa.string())
         return values.take(pa.array(indices, pa.int64()))
+
+
+def rows_of(column: pa.Array, values: pa.Array) -> np.ndarray:
+    """Give the row of every value in a table of small features: its place in ``values`` + 1, 0 if null or not there.
+
+    Args:
+        column: ``[N]``.
+        values: of the same type, none twice.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    places = pc.index_in(column, value_set=values, skip_nulls=True)
+    return places.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
 
 
 NO_SIDE = SideVocabulary()

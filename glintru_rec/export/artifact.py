@@ -78,6 +78,8 @@ class Artifact:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        if manifest.get("task", "retrieval") != "retrieval":
+            raise InputError(f"artifact {str(path)!r} is of a {manifest['task']} model; score with it in mode=rank")
         if manifest["format"] != "torchscript":
             raise InputError(f"artifact {str(path)!r} has format {manifest['format']!r}; this program runs torchscript")
         verify_files(path, manifest, verify_items)

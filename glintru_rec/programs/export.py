@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
@@ -14,6 +16,7 @@ from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
 from glintru_rec.export.item_files import PRECISIONS
 from glintru_rec.files import sha256_of
 from glintru_rec.programs.launcher import write_config
+from glintru_rec.ranking.exporting import export_ranking
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import check_vocabulary, load_unsharded
 from glintru_rec.training.checkpoint import RunState
@@ -36,7 +39,7 @@ class ExportConfig:
     """An export of a run's best checkpoint.
 
     Attributes:
-        checkpoint: a run directory.
+        checkpoint: a run directory, of a retrieval or a ranking model (the latter as ``torchscript`` in ``fp32`` only).
         output: the artifact's folder; it must not exist, or be empty.
         format: ``torchscript``, which the program score runs; or for servers, with one file for each method and for recurrent
             encoders only: ``pt2``, of torch.export, and ``aoti``, compiled by AOTInductor for this kind of machine (minutes).
@@ -65,6 +68,9 @@ def export_run(config: ExportConfig) -> None:
     """Write the artifact of a run's best checkpoint, and how far it is from the model."""
     quiet_dependencies()
     run_dir = Path(config.checkpoint)
+    if task_of_run(run_dir) == "ranking":
+        _export_ranking_run(config)
+        return
     config_of_run, state, vocabulary, model = load_unsharded(run_dir)
     dataset = Path(config.data.path or config_of_run.data.path)
     side_vocabulary = SideVocabulary.load(run_dir)
@@ -96,6 +102,25 @@ def export_run(config: ExportConfig) -> None:
         print(f"parity of {method:8} {figures['max_abs_difference']:.1e} at a scale of {figures['scale']:.1f}")
     if manifest["validation"]:
         _print_validation(manifest["validation"])
+    print(f"written: {config.output}")
+
+
+def task_of_run(run_dir: Path) -> str:
+    """Give the task that a run directory's config names; ``retrieval`` where there is none to be read."""
+    try:
+        written = OmegaConf.load(run_dir / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return "retrieval"
+    return str(written.get("task", "retrieval")) if isinstance(written, DictConfig) else "retrieval"
+
+
+def _export_ranking_run(config: ExportConfig) -> None:
+    for key, only in (("format", "torchscript"), ("precision", "fp32")):
+        given = getattr(config, key)
+        check(key, given, given == only, f"{only}, as checkpoint is a ranking run")
+    manifest = export_ranking(config.checkpoint, config.output)
+    write_config(config, Path(config.output) / "export.config.yaml")
+    print(f"parity of predict {manifest['parity']['predict']:.1e}")
     print(f"written: {config.output}")
 
 

@@ -27,9 +27,10 @@ from omegaconf import MISSING
 
 from glintru_rec.config import check
 from glintru_rec.data.scratch import scratch_database
+from glintru_rec.data.side_features import rows_of
 from glintru_rec.errors import InputError
 from glintru_rec.files import check_free, folder_aside
-from glintru_rec.ranking.dataset import EVENTS_FILE, ITEM, LOG_FILE, MANIFEST_FILE, SCHEMA_VERSION, SPLITS
+from glintru_rec.ranking.dataset import EVENTS_FILE, ITEM, LOG_FILE, MANIFEST_FILE, SCHEMA_VERSION, SPLITS, vocabulary_file
 
 _WINDOWS = """
     user_past AS (PARTITION BY event_user ORDER BY event_time RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
@@ -191,7 +192,7 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
                 f"{name.replace(':', '.')} gives {column.type}: a history has one value of each event; lists belong in sparse"
             )
         written[name], vocabulary = _encode(column.combine_chunks(), split == 0)
-        pq.write_table(vocabulary, folder / "vocabulary" / f"{name.replace(':', '.')}.parquet")
+        pq.write_table(vocabulary, folder / vocabulary_file(name))
         manifest["num_embeddings"][name] = len(vocabulary) + 1
     for name in config.dense:
         numbers = _numbers(f"dense.{name}", events[f"dense:{name}"])
@@ -228,8 +229,7 @@ def _encode(column: pa.Array, is_training: np.ndarray) -> tuple[pa.Array, pa.Tab
     table = table.sort_by([("value_count", "descending"), ("value", "ascending")]).rename_columns(["value", "count"])
     if not len(table):
         return pa.array(np.zeros(len(column), np.int64)), table
-    places = pc.index_in(column, value_set=table["value"].combine_chunks(), skip_nulls=True)
-    return pc.add(places.fill_null(-1).cast(pa.int64()), 1), table
+    return pa.array(rows_of(column, table["value"].combine_chunks())), table
 
 
 def _read(db: duckdb.DuckDBPyConnection, table: str, location: str) -> None:
