@@ -131,7 +131,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     missing = [key for key in _NEEDED if key not in manifest]
     if missing:
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
-    if not isinstance(manifest["files"], dict) or not {VECTORS_FILE, VOCABULARY_FILE} <= set(manifest["files"]):
+    least = {VECTORS_FILE, VOCABULARY_FILE} if manifest.get("task", "retrieval") == "retrieval" else {MODEL_FILE}
+    if not isinstance(manifest["files"], dict) or not least <= set(manifest["files"]):
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
     return manifest
 

@@ -144,7 +144,7 @@ def _difference(
     num_dense: int,
     max_seq_len: int,
 ) -> float:
-    """Compare the module with the eager model on random examples, the first of them without a past."""
+    """Compare the module with the eager model on random examples: one without a past, one with the longest."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int, rows: int) -> Tensor:
@@ -153,7 +153,8 @@ def _difference(
     scaled = torch.randn(_EXAMPLES, num_dense, generator=generator)
     pooled = {name: draw(_EXAMPLES, 4) for name in sparse}
     ids = {name: draw(int(pooled[name].sum()), rows) for name, rows in sparse.items()}
-    lengths = draw(_EXAMPLES, max_seq_len + 1).index_fill(0, torch.tensor([0]), 0)
+    lengths = draw(_EXAMPLES, max_seq_len + 1)
+    lengths[:2] = torch.tensor([0, max_seq_len])
     events = {name: draw(int(lengths.sum()), rows) for name, rows in sequence.items()}
     candidates = draw(_EXAMPLES, sequence.get(ITEM, 1))
     histories = KeyedJaggedTensor(

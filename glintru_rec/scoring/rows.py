@@ -22,6 +22,7 @@ class Reason(enum.StrEnum):
     """Why a row is set aside; where several apply, the first."""
 
     NULL_USER = "null_user"
+    NULL_ITEM = "null_item"
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
     OTHER_LENGTH = "side_feature_of_other_length"
@@ -40,7 +41,8 @@ class Columns(NamedTuple):
     """The names of the columns to read."""
 
     user: str
-    history: str
+    history: str | None
+    """None where the model reads none."""
     candidates: str | None
     """None where no candidates are asked for."""
     denied: str | None = None
@@ -99,6 +101,11 @@ class Rows:
     unknown_candidates: pa.Table
     set_aside: pa.Table
 
+    @property
+    def num_fallback(self) -> int:
+        """How many rows have no history and can be scored by popularity alone."""
+        return int((self.history.lengths == 0).sum())
+
 
 def decode(
     batch: pa.RecordBatch,
@@ -128,29 +135,22 @@ def decode(
     )
 
     reason = np.full(len(batch), -1)
-    _mark(reason, Reason.NULL_USER, _is_null(users))
-    _mark(reason, Reason.NULL_HISTORY, history.is_null)
-    _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    mark(reason, Reason.NULL_USER, is_null(users))
+    mark(reason, Reason.NULL_HISTORY, history.is_null)
+    mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
     for name in columns.side:
         lengths = pc.list_value_length(batch.column(name)).fill_null(-1).to_numpy(zero_copy_only=False)
-        _mark(reason, Reason.OTHER_LENGTH, (lengths >= 0) & (lengths != history.lengths))
-    _mark(reason, Reason.NULL_DENIED, denied.is_null)
-    _mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
-    _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
-    _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
-    _mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
+        mark(reason, Reason.OTHER_LENGTH, (lengths >= 0) & (lengths != history.lengths))
+    mark(reason, Reason.NULL_DENIED, denied.is_null)
+    mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
+    mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
+    mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
+    mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
     unknown_items = history.unknown(reason < 0)
     if not limits.keep_empty:
-        _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
+        mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
     keep = reason < 0
     unknown_candidates = candidates.unknown(keep)
-
-    def located(rows: np.ndarray, name: str, column: pa.Array) -> pa.Table:
-        user = users.take(pa.array(rows)).cast(pa.string())
-        where = {"fragment": pa.repeat(pa.scalar(fragment), len(rows)), "row": pa.array(rows + first_row)}
-        return pa.table({"user_id": user, name: column.cast(pa.string()), **where})
-
-    aside = np.flatnonzero(~keep)
     return Rows(
         num_read=len(batch),
         users=users.filter(pa.array(keep)),
@@ -160,10 +160,28 @@ def decode(
         side_ids=_side_ids(batch, columns.side, side, history, keep),
         unknown_history_items=len(unknown_items),
         unknown_candidates=located(
-            candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
+            users,
+            candidates.rows[unknown_candidates],
+            "item_id",
+            candidates.values.take(pa.array(unknown_candidates)),
+            fragment,
+            first_row,
         ),
-        set_aside=located(aside, "reason", pa.array(_REASONS[reason[aside]], pa.string())),
+        set_aside=set_aside(users, reason, fragment, first_row),
     )
+
+
+def set_aside(users: pa.Array, reason: np.ndarray, fragment: str, first_row: int) -> pa.Table:
+    """List the rows that have a reason (place in `Reason`; -1: none): user_id, reason, fragment, row."""
+    aside = np.flatnonzero(reason >= 0)
+    return located(users, aside, "reason", pa.array(_REASONS[reason[aside]], pa.string()), fragment, first_row)
+
+
+def located(users: pa.Array, rows: np.ndarray, name: str, column: pa.Array, fragment: str, first_row: int) -> pa.Table:
+    """Say of whom, and where in the input, values of some rows of a batch are."""
+    user = users.take(pa.array(rows)).cast(pa.string())
+    where = {"fragment": pa.repeat(pa.scalar(fragment), len(rows)), "row": pa.array(rows + first_row)}
+    return pa.table({"user_id": user, name: column.cast(pa.string()), **where})
 
 
 def _side_ids(
@@ -174,7 +192,7 @@ def _side_ids(
     side_ids = np.zeros((is_event.sum(), len(names)), np.int64)
     for place, name in enumerate(names):
         column = batch.column(name)
-        has_list = keep & ~_is_null(column)
+        has_list = keep & ~is_null(column)
         values = column.filter(pa.array(has_list)).flatten()
         side_ids[has_list[history.rows[is_event]], place] = side.encode(name, values)[is_event[has_list[history.rows]]]
     return side_ids
@@ -205,9 +223,9 @@ class _Lists:
         self.values = plain(column.flatten())
         self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
-        self.is_null = _is_null(column)
+        self.is_null = is_null(column)
         self.holds_null = np.zeros(len(column), dtype=bool)
-        self.holds_null[self.rows[_is_null(self.values)]] = True
+        self.holds_null[self.rows[is_null(self.values)]] = True
         self.num_known = np.bincount(self.rows[self.indices >= 0], minlength=len(column))
 
     def known(self, keep: np.ndarray) -> Ragged:
@@ -219,10 +237,11 @@ class _Lists:
         return np.flatnonzero((self.indices < 0) & keep[self.rows])
 
 
-def _is_null(array: pa.Array) -> np.ndarray:
+def is_null(array: pa.Array) -> np.ndarray:
+    """Say which values are null: bool ``[N]``."""
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _mark(reason: np.ndarray, why: Reason, rows: np.ndarray) -> None:
+def mark(reason: np.ndarray, why: Reason, rows: np.ndarray) -> None:
     """Note a reason for the rows that have none yet."""
     reason[rows & (reason < 0)] = list(Reason).index(why)

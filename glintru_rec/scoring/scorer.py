@@ -1,5 +1,6 @@
 """Run an artifact on batches of rows; tables of the job's output come out."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.scoring.catalog import catalog_of, items_left
 from glintru_rec.scoring.config import ScoreConfig
-from glintru_rec.scoring.rows import Rows
+from glintru_rec.scoring.fragments import Fragment, InputFile, open_fragments
+from glintru_rec.scoring.rows import Columns, Limits, Rows
 
 
 class Scorer:
@@ -35,6 +38,21 @@ class Scorer:
         if config.allow or config.deny:
             left, self.unknown_listed_items = items_left(config.allow, config.deny, config.item_column, artifact.vocabulary)
             self._catalog = catalog_of(artifact, left)
+
+    def open(self, files: list[InputFile]) -> dict[str, Fragment | InputError]:
+        """Open all files of the input (see `open_fragments`)."""
+        config, artifact = self._config, self._artifact
+        candidates_column = config.candidates_column if config.mode == "candidates" else None
+        side_columns = tuple(artifact.side.names)
+        columns = Columns(
+            config.user_column, config.history_column, candidates_column, config.deny_column or None, side_columns
+        )
+        return open_fragments(files, columns, artifact.vocabulary)
+
+    def read(self, fragment: Fragment) -> Iterator[Rows]:
+        """Read a fragment, a batch at a time."""
+        limits = Limits(self._config.max_candidates, keep_empty=self._config.empty_history == "popular")
+        return fragment.read(self._config.batch_size, self._artifact.vocabulary, limits, self._artifact.side)
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
