@@ -26,7 +26,7 @@ from glintru_rec.ranking.prepare import PrepareRankingConfig, prepare_ranking
 from glintru_rec.ranking.scoring_module import RankingModule
 from glintru_rec.scoring import ScoreConfig, score
 from glintru_rec.training.checkpoint import best_checkpoint, load_plain
-from tests.conftest import environment, make_log
+from tests.conftest import REPOSITORY, environment, make_log
 
 TASKS = {"odd": "item_id % 2 = 1", "size": "item_id % 7 / 3.5"}
 SPARSE = {"user": "user_id", "pair": "[item_id % 5, user_id % 3]"}
@@ -209,40 +209,39 @@ def test_each_artifact_has_its_modes(folder, run_dir, tmp_path):
 FRESH = """
 import sys
 
+blocked = ["torchrec", "fbgemm_gpu", "glintru_rec", "pyarrow"]
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torchrec", "fbgemm_gpu", *sys.argv[2:]):
+        if name.split(".")[0] in blocked:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Blocked())
 import torch
 
-if sys.argv[2:]:  # torch alone
-    module = torch.jit.load(sys.argv[1] + "/model.pt")
-    no_ids = torch.zeros(0, dtype=torch.int64)
-    inputs = [torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.int64), torch.tensor([[1, 1], [0, 0]])]
-    inputs += [torch.zeros(3, 3, dtype=torch.int64), torch.tensor([3, 0]), torch.tensor([1, 1])]
-    print(module.predict(*inputs)[:, 0].tolist())
-    nobody = [torch.zeros(0, 2, dtype=torch.float64), no_ids, torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3), no_ids]
-    print(list(module.predict(*nobody, no_ids).shape))
-else:
-    from glintru_rec.scoring import ScoreConfig, score
-    print(score(ScoreConfig(sys.argv[1], "in.parquet", "fresh", "rank", batch_size=50)).rows_scored)
+module = torch.jit.load(sys.argv[1] + "/model.pt")
+no_ids = torch.zeros(0, dtype=torch.int64)
+inputs = [torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.int64), torch.tensor([[1, 1], [0, 0]])]
+inputs += [torch.zeros(3, 3, dtype=torch.int64), torch.tensor([3, 0]), torch.tensor([1, 1])]
+print(module.predict(*inputs)[:, 0].tolist())
+nobody = [torch.zeros(0, 2, dtype=torch.float64), no_ids, torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3), no_ids]
+print(list(module.predict(*nobody, no_ids).shape))
+
+blocked[2:] = []
+from glintru_rec.scoring import ScoreConfig, score
+print(score(ScoreConfig(sys.argv[1], "in.parquet", "fresh", "rank", batch_size=50)).rows_scored)
 """
 
 
-def test_fresh_processes_have_torch_alone_or_neither_torchrec_nor_fbgemm(folder, tmp_path):
+def test_the_module_needs_torch_alone_and_the_job_neither_torchrec_nor_fbgemm(folder, tmp_path):
     _, scores = score_rows(folder, "glint_ru", raw_rows(folder)[:60], tmp_path)
-    artifact = str(folder / "glint_ru artifact")
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, "-c", FRESH, artifact, *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
-
-    first, second = run("glintru_rec", "pyarrow").splitlines()
-    assert all(0 < probability < 1 for probability in json.loads(first))
-    assert json.loads(second) == [0, len(TASKS)]
-    assert run() == "60\n"
+    command = [sys.executable, "-c", FRESH, str(folder / "glint_ru artifact")]
+    env = environment() | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    probabilities, shape_of_nobody, num_scored = map(json.loads, result.stdout.splitlines())
+    assert all(0 < probability < 1 for probability in probabilities)
+    assert (shape_of_nobody, num_scored) == ([0, len(TASKS)], 60)
     assert pq.read_table(tmp_path / "fresh/in.parquet").equals(scores)
 
 

@@ -48,7 +48,8 @@ class PrepareConfig:
         time_column: the column of times.
         side_columns: columns that tell more of each event, such as its action type, a rating or a bucket of the time since the
             last one: whole numbers, booleans or strings, of at most 10,000 values each. A model reads those that
-            ``model.side_features`` of the program train names. Null is an unknown value.
+            ``model.side_features`` of the program train names. Null is an unknown value. Events of one user, item and time are
+            one event, the first, whatever these columns say.
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
