@@ -13,6 +13,8 @@ from glintru_rec.config import compose
 from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.data.prepare import PrepareConfig, prepare
+from glintru_rec.data.reader import RowGroupBatches
+from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.encoders import ENCODERS
 from glintru_rec.encoders.side_embeddings import SideEmbeddings
@@ -105,6 +107,19 @@ def test_windows_carry_the_side_features_of_their_events():
     for batch in batches.epoch(0):
         assert batch.side_ids.dtype == torch.int64
         assert batch.side_ids.tolist() == side[batch.item_ids.numpy()].tolist()
+
+
+def test_a_dataset_on_the_disk_gives_the_side_features_of_its_events(folder):
+    """A star is its item's number modulo 5, in every batch, also one of a rank that has no row group left."""
+    dataset = RowGroupDataset.open(folder / "dataset", 1, ["stars"])
+    batches = RowGroupBatches(dataset, MAX_SEQ_LEN, 128, seed=0)
+    for batch in batches.epoch(0):
+        items = dataset.vocabulary.decode(batch.item_ids.numpy()).to_numpy()
+        stars = dataset.side.decode("stars", batch.side_ids[:, 0].numpy()).to_pylist()
+        assert stars == [str(item % 5) for item in items]
+    assert batches._batch(None).side_ids.shape == (0, 1)
+    (cases,) = dataset.case_blocks("test")
+    assert cases.history_side.shape == (len(cases.history_items), 1)
 
 
 def make_model(name: str, sizes=(4, 3)) -> SequenceModel:

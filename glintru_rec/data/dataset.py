@@ -342,7 +342,8 @@ def _side_ids(table: pa.Table, file: Path, side: SideVocabulary, num_events: int
         is_whole = column.type == SIDE_TYPE and not column.null_count and len(column) == num_events
         if not is_whole or (num_events and not 0 <= pc.min(column).as_py() <= pc.max(column).as_py() < size):
             raise InputError(
-                f"{str(file)!r} holds no index in [0, {size}) of side feature {name!r} for each event; prepare the dataset again"
+                f"{str(file)!r} holds no index in [0, {size}) of side feature {name!r} for each event; "
+                f"prepare the dataset again"
             )
         ids[:, place] = column.to_numpy()
     return ids
