@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranking_export")
     pq.write_table(make_log(100), folder / "log.parquet")
     expressions = {"tasks": TASKS, "sparse": SPARSE, "dense": DENSE, "sequence": SEQUENCE}
-    prepare_ranking(PrepareRankingConfig(str(folder / "log.parquet"), str(folder / "dataset"), **expressions))
+    prepare_ranking(PrepareRankingConfig(str(folder / "log.parquet"), str(folder / "dataset"), examples="test", **expressions))
     small = ["task=ranking", "tower.width=16", "model.embedding_dim=8", "trainer.max_epochs=1", "table=replicated"]
     for name, options in KINDS.items():
         paths = [f"data.path={folder / 'dataset'}", f"output={folder / name}"]
@@ -120,6 +120,17 @@ def test_raw_rows_get_the_trained_models_predictions(folder, name, tmp_path):
         assert np.abs(scores[task].to_numpy() - wanted[:, place]).max() < 1e-5
     assert np.ptp(wanted[:, 0]) > 1e-3
     assert report.fallback == 0
+
+
+def test_prepare_writes_a_period_as_rows_to_score(folder, tmp_path):
+    events = np.flatnonzero(RankingDataset.open(folder / "dataset").split == 2)
+    rows = raw_rows(folder)
+    written = pq.read_table(folder / "dataset/examples.parquet")
+    assert written.drop_columns(["tasks.odd", "tasks.size"]).to_pylist() == [rows[place] for place in events]
+    assert written["tasks.odd"].to_pylist() == [item % 2 == 1 for item in written["item_id"].to_pylist()]
+    (tmp_path / "in.parquet").symlink_to(folder / "dataset/examples.parquet")
+    config = ScoreConfig(str(folder / "concat artifact"), str(tmp_path / "in.parquet"), str(tmp_path / "out"), "rank")
+    assert score(config).rows_scored == len(events)
 
 
 def test_unknown_values_and_bad_rows(folder, tmp_path):

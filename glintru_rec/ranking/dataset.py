@@ -6,6 +6,7 @@
     events.parquet            an event per row; users one after the other, each in order of time
     vocabulary/*.parquet      value, count; the row of a value in its table is its place + 1, row 0 is for unknown ones
     train_log.parquet         the training period as a log, to pre-train an encoder on
+    examples.parquet          where asked for: a later period with raw values, to score with a trained model
 
 Shapes: E events, U users, F dense features, K tasks.
 """
@@ -27,6 +28,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 EVENTS_FILE = "events.parquet"
 LOG_FILE = "train_log.parquet"
+EXAMPLES_FILE = "examples.parquet"
 ITEM_VOCABULARY_FILE = "vocabulary/item.parquet"
 SPLITS = ("train", "valid", "test")
 ITEM = "item"
