@@ -143,7 +143,7 @@ def _score_fragment(
         raise fragment
     seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
-    def read() -> Iterator[Any]:
+    def read() -> Iterator[Any]:  # Rows or Examples: a scorer scores what it reads
         batches = scorer.read(fragment)
         while True:
             with timed(seconds, "read"):
