@@ -7,7 +7,7 @@ import torch
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 
-MODES = ("candidates", "top_k", "encode", "update")
+MODES = ("candidates", "top_k", "encode", "update", "rank")
 EMPTY_HISTORY = ("reject", "popular")
 _NUMBERS = {3: "three", 4: "four"}
 
@@ -16,7 +16,9 @@ _NUMBERS = {3: "three", 4: "four"}
 class ScoreConfig:
     """What to score, and how.
 
-    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too.
+    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too. Where the
+    model reads side features of events, the input has a column under the name of each: a list as long as the history (in
+    mode update, the event's value); null is an unknown value.
 
     The same command again goes on where a killed job was. Exit status: 0, also when all was done before; 2 for bad input, an
     output begun with another config, artifact or input, or one that another job is writing; 3 where some input files could
@@ -29,7 +31,8 @@ class ScoreConfig:
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
             writes the user's vector (`glintru_rec.export.artifact` says what item vectors go with it); ``update`` carries
             the states of users on by new events and finds the best items of those who acted (see
-            `glintru_rec.scoring.update`).
+            `glintru_rec.scoring.update`); ``rank`` gives the predictions of a ranking model's tasks, probabilities or
+            numbers, for each row's item (see `glintru_rec.scoring.examples` for the columns).
         state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.
@@ -47,7 +50,7 @@ class ScoreConfig:
         user_column: name of the column of user ids, integers or strings.
         history_column: name of the column of histories, lists of item ids, oldest first.
         candidates_column: name of the column of candidates, lists of item ids; mode candidates only.
-        item_column: name of the column of item ids; of mode update, and of the files ``allow`` and ``deny``.
+        item_column: name of the column of item ids; of modes update and rank, and of the files ``allow`` and ``deny``.
         time_column: name of the column of times, whole numbers or timestamps; mode update only.
     """
 
@@ -91,7 +94,7 @@ class ScoreConfig:
             keys: tuple[str, ...] = ("user_column", "item_column", "time_column")
         else:
             check("state", self.state, not self.state, f"left out, as mode {self.mode!r} keeps no states")
-            keys = ("user_column", "history_column", "candidates_column")
+            keys = ("user_column", "history_column", "item_column" if self.mode == "rank" else "candidates_column")
         if self.deny_column:
             keys += ("deny_column",)
         columns = tuple(getattr(self, key) for key in keys)

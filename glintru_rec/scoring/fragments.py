@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.data.formats import find_files
+from glintru_rec.data.side_features import CATEGORICAL, NO_SIDE, SideVocabulary, is_categorical
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
@@ -68,18 +69,19 @@ class Fragment:
     num_rows: int
     user_type: pa.DataType
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits) -> Iterator[Rows]:
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, side: SideVocabulary = NO_SIDE) -> Iterator[Rows]:
         """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
 
         Raises:
             InputError: the file is damaged, or not the one that was opened.
         """
         first_row = 1
-        for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits)
+        for batch in self.batches(batch_size):
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits, side)
             first_row += len(batch)
 
-    def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Read at most ``batch_size`` rows at a time, as they are (see `read`)."""
         path = self.file.path
         try:
             with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
@@ -94,8 +96,9 @@ class Fragment:
     def _pieces(self, file: pq.ParquetFile, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Read ``num_rows`` rows at a time, and fewer at the end of a row group."""
         # Each row group has dictionaries of its own, and pyarrow cannot read a list of two of them into one batch.
+        columns = [self.columns.user, *self.columns.lists, *self.columns.side]
         for group in range(file.num_row_groups):
-            yield from file.iter_batches(num_rows, row_groups=[group], columns=[self.columns.user, *self.columns.lists])
+            yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
 
     def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
         """Join pieces to batches; only a piece alone may be larger than a batch."""
@@ -149,6 +152,18 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
         vocabulary: whose ids they must hold.
 
     Returns:
+        See `open_all`.
+
+    Raises:
+        InputError: see `open_all`.
+    """
+    return open_all(files, lambda file: _open(file, columns, vocabulary))
+
+
+def open_all(files: list[InputFile], open_one: Callable[[InputFile], Fragment]) -> dict[str, Fragment | InputError]:
+    """Open all files of the input before any is scored.
+
+    Returns:
         By the file's name the fragment, or why there is none: not readable parquet, a column that is missing or of another
         type.
 
@@ -158,7 +173,7 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
     opened: dict[str, Fragment | InputError] = {}
     for file in files:
         try:
-            opened[file.name] = _open(file, columns, vocabulary)
+            opened[file.name] = open_one(file)
         except InputError as error:
             opened[file.name] = error
     failures = [each for each in opened.values() if isinstance(each, InputError)]
@@ -170,40 +185,67 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
 
 
 def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fragment:
+    hint = "Name the right ones with user_column, history_column, candidates_column and deny_column"
+    fragment, schema = open_file(input_file, columns, hint, "The model reads a list of this side feature beside each history")
     path = input_file.path
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    except _UNREADABLE as error:
-        raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
-    for column in (columns.user, *columns.lists):
-        if column not in schema.names:
-            raise InputError(
-                f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
-                f"Name the right ones with user_column, history_column, candidates_column and deny_column"
-            )
-        if schema.names.count(column) > 1:
-            raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
-    user_type = _plain(schema.field(columns.user).type)
-    if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
-        raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
     for column in columns.lists:
         if not _holds_ids(schema.field(column).type, vocabulary):
             raise InputError(
                 f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
                 f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
             )
-    return Fragment(input_file, columns, num_rows, user_type)
+    for column in columns.side:
+        kind = schema.field(column).type
+        if not (is_list(kind) and is_categorical(kind.value_type)):
+            raise InputError(f"column {column!r} of {str(path)!r} has type {kind}; it must hold lists: {CATEGORICAL}")
+    return fragment
+
+
+def open_file(input_file: InputFile, columns: Columns, hint: str, side_hint: str) -> tuple[Fragment, pa.Schema]:
+    """Open one file, whatever its columns hold but the users' ids.
+
+    Args:
+        input_file: which.
+        columns: what it must have.
+        hint: for the message where another of these is missing ...
+        side_hint: ... and where one of ``columns.side`` is.
+
+    Raises:
+        InputError: not readable parquet, a column that is missing or there twice, or no ids of users.
+    """
+    path = input_file.path
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    except _UNREADABLE as error:
+        raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
+    for column in (columns.user, *columns.lists, *columns.side):
+        if column not in schema.names:
+            raise InputError(
+                f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
+                + (side_hint if column in columns.side else hint)
+            )
+        if schema.names.count(column) > 1:
+            raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
+    user_type = _plain(schema.field(columns.user).type)
+    if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
+        raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
+    return Fragment(input_file, columns, num_rows, user_type), schema
 
 
 def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:
     """Say whether a column is made of lists of the vocabulary's ids."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not is_list(kind):
         return False
     item = _plain(kind.value_type)
     if pa.types.is_null(item):  # all lists of the file are empty, or hold nulls alone
         return True
     return pa.types.is_integer(item) if vocabulary.id_type == "int64" else str(item) in _STRINGS
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Say whether a column is made of lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -1,5 +1,6 @@
 """Run an artifact on batches of rows; tables of the job's output come out."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.scoring.catalog import catalog_of, items_left
 from glintru_rec.scoring.config import ScoreConfig
-from glintru_rec.scoring.rows import Rows
+from glintru_rec.scoring.fragments import Fragment, InputFile, open_fragments
+from glintru_rec.scoring.rows import Columns, Limits, Rows
 
 
 class Scorer:
@@ -36,6 +39,21 @@ class Scorer:
             left, self.unknown_listed_items = items_left(config.allow, config.deny, config.item_column, artifact.vocabulary)
             self._catalog = catalog_of(artifact, left)
 
+    def open(self, files: list[InputFile]) -> dict[str, Fragment | InputError]:
+        """Open all files of the input (see `open_fragments`)."""
+        config, artifact = self._config, self._artifact
+        candidates_column = config.candidates_column if config.mode == "candidates" else None
+        side_columns = tuple(artifact.side.names)
+        columns = Columns(
+            config.user_column, config.history_column, candidates_column, config.deny_column or None, side_columns
+        )
+        return open_fragments(files, columns, artifact.vocabulary)
+
+    def read(self, fragment: Fragment) -> Iterator[Rows]:
+        """Read a fragment, a batch at a time."""
+        limits = Limits(self._config.max_candidates, keep_empty=self._config.empty_history == "popular")
+        return fragment.read(self._config.batch_size, self._artifact.vocabulary, limits, self._artifact.side)
+
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
         if self._config.mode == "encode":
@@ -50,19 +68,21 @@ class Scorer:
         item_ids, lengths, candidates, candidate_lengths = (
             torch.from_numpy(array).to(config.device) for array in (*rows.history, *rows.candidates)
         )
+        # Artifacts of models without side features may be of a time when no method took any.
+        side = (torch.from_numpy(rows.side_ids).to(config.device),) if artifact.side.names else ()
         is_empty = lengths == 0
         if config.mode == "encode":
-            query = artifact.module.encode(item_ids, lengths).cpu().numpy()
+            query = artifact.module.encode(item_ids, lengths, *side).cpu().numpy()
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(query.ravel()), query.shape[1])
             return pa.table([rows.users, embedding], schema=self.schema(rows.users.type))
         if config.mode == "candidates":
-            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
+            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths, *side)
             if self._counts is not None:
                 of_empty = is_empty.repeat_interleave(candidate_lengths)
                 scores[of_empty] = self._counts[candidates[of_empty]]
             return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
         k = min(config.top_k, artifact.vocabulary.num_items)
-        query = artifact.module.encode(item_ids, lengths)
+        query = artifact.module.encode(item_ids, lengths, *side)
         out, out_lengths = (item_ids, lengths) if config.exclude_seen else (item_ids[:0], torch.zeros_like(lengths))
         if config.deny_column:
             denied, denied_lengths = (torch.from_numpy(array).to(config.device) for array in rows.denied)
