@@ -7,7 +7,7 @@ import torch.distributed as dist
 from glintru_rec.files import write_json
 from glintru_rec.programs.train import STOPPED, check_free, restarted, start
 from glintru_rec.ranking.config import RankingConfig
-from glintru_rec.ranking.dataset import RankingDataset, keep_features
+from glintru_rec.ranking.dataset import RankingDataset, check_features, keep_features
 from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.training.checkpoint import best_checkpoint, read_state
 from glintru_rec.training.mlflow_log import check_loggers
@@ -29,6 +29,8 @@ def train_ranking(config: RankingConfig) -> int:
     dataset = RankingDataset.open(config.data.path)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
+        if resume:
+            check_features(config.data.path, run_dir)
         trainer = RankingTrainer(config, dataset, device)
         if resume:
             trainer.resume()
