@@ -197,7 +197,8 @@ class TrainerConfig:
         timeout_seconds: how long a rank waits for another in a step, a validation or a checkpoint before it takes it for hung,
             and the run fails (torchelastic's ``--max_restarts`` then starts all ranks anew).
         init_from: a run directory with whose best weights training starts; empty: random weights. The encoder must have
-            the same parameters and the dataset the same vocabulary; optimizers start anew.
+            the same parameters and the dataset the same vocabulary, or one grown from it (``prepare base=…``), whose new items
+            start at random; optimizers start anew.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
