@@ -9,6 +9,7 @@ from glintru_rec.errors import InputError
 
 MODES = ("candidates", "top_k", "encode", "update")
 EMPTY_HISTORY = ("reject", "popular")
+CATALOGS = ("whole", "split")
 _NUMBERS = {3: "three", 4: "four"}
 
 
@@ -33,6 +34,9 @@ class ScoreConfig:
         state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.
+        catalog: ``whole``: every rank searches all items for its own users; ``split``, for catalogs larger than a machine's
+            memory: every rank (``--nproc``) searches an even part for the users of all, and the output is the same. mode top_k
+            only.
         allow: parquet file of the only items that top_k may find, in the column ``item_column``; all when left out.
         deny: parquet file of items that top_k must not find. Unknown items of both files are counted.
         deny_column: name of the column of items that top_k must not find for the row's user, lists of item ids; none when left
@@ -58,6 +62,7 @@ class ScoreConfig:
     state: str = ""
     top_k: int = 100
     exclude_seen: bool = True
+    catalog: str = "whole"
     allow: str = ""
     deny: str = ""
     deny_column: str = ""
@@ -74,6 +79,8 @@ class ScoreConfig:
     def __post_init__(self):
         one_of("mode", self.mode, MODES)
         one_of("empty_history", self.empty_history, EMPTY_HISTORY)
+        one_of("catalog", self.catalog, CATALOGS)
+        check("catalog", self.catalog, self.catalog == "whole" or self.mode == "top_k", f"whole, as mode is {self.mode!r}")
         if self.mode not in ("candidates", "top_k"):
             check("empty_history", self.empty_history, self.empty_history == "reject", f"reject, as mode is {self.mode!r}")
         for key in ("allow", "deny", "deny_column"):

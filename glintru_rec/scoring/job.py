@@ -41,6 +41,8 @@ from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.scorer import Scorer
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER, FragmentWriter
 
+_NOT_TERMS = ("artifact", "input", "output", "catalog")
+
 
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
     """Score the users of a parquet input with an artifact, or go on with that.
@@ -103,6 +105,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
                 except InputError as error:
                     own[name] = Record(stamps[name], error=str(error))
                 ledger.write(name, own[name])
+            scorer.finish()
         now = {name: record for share in from_all(own) for name, record in share.items()}
         report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items)
 
@@ -120,7 +123,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
 
 def _terms(config: ScoreConfig, artifact: Artifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("artifact", "input", "output")}
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_TERMS}
     for key in ("allow", "deny"):
         if settings[key]:
             settings[key] = sha256_of(Path(settings[key]))[:16]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.scoring.catalog import catalog_of, items_left
+from glintru_rec.scoring.catalog import catalog_of, items_left, stretches_of
 from glintru_rec.scoring.config import ScoreConfig
+from glintru_rec.scoring.ranks import rank_and_size
 from glintru_rec.scoring.rows import Rows
+from glintru_rec.scoring.split import SplitCatalog
 
 
 class Scorer:
@@ -30,10 +32,14 @@ class Scorer:
             by_count = np.argsort(-artifact.vocabulary.counts, kind="stable")
             self._popular = torch.from_numpy(by_count[: config.top_k]).to(config.device)
 
-        self._catalog: Any = artifact.module
-        self.unknown_listed_items = 0
+        left, self.unknown_listed_items = None, 0
         if config.allow or config.deny:
             left, self.unknown_listed_items = items_left(config.allow, config.deny, config.item_column, artifact.vocabulary)
+        if config.catalog == "split":
+            num_threads = torch.get_num_threads()
+            stretches = stretches_of(artifact, left, *rank_and_size(), num_threads)
+            self._catalog: Any = SplitCatalog(stretches, num_threads)
+        else:
             self._catalog = catalog_of(artifact, left)
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
@@ -42,6 +48,11 @@ class Scorer:
             embedding = pa.list_(pa.float32(), self._artifact.manifest["embedding_dim"])
             return pa.schema([("user_id", user_type), ("embedding", embedding)])
         return ranked_schema(user_type, self._artifact)
+
+    def finish(self) -> None:
+        """Search this rank's part of the catalog for the others, where they share it; call it when its rows are done."""
+        if isinstance(self._catalog, SplitCatalog):
+            self._catalog.serve()
 
     @torch.inference_mode()
     def score(self, rows: Rows) -> pa.Table:
