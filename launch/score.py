@@ -12,7 +12,8 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
     Args:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|update [state=DIR for update]
             [top_k=100] [exclude_seen=true] [empty_history=reject|popular]
-            [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] and other hydra overrides
+            [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] [catalog=whole|split] [index=exact|ivf|hnsw]
+            [index.min_recall=0.95] and other hydra overrides
         nproc: processes (ranks) on this machine; each scores its share of the input's files, with its share
             of the cores, or with OMP_NUM_THREADS threads where that is set
         max_restarts: times that all ranks are restarted, and go on, after a failure

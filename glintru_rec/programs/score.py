@@ -64,6 +64,12 @@ def _score(config: ScoreConfig, show: Callable[[int, int], None]) -> int:
     print(
         f"rows in {report.rows_in:,}, scored {report.rows_scored:,}, {timing.rows_per_second:,.0f} rows/s (at work: {seconds})"
     )
+    if report.index:
+        index, recall = report.index, "unknown" if report.index.recall is None else f"{report.index.recall:.4f}"
+        print(
+            f"index {index.kind}: recall@{config.top_k} {recall} against exact search, of {index.users:,} users; "
+            f"{index.searched_exactly:,} of them searched exactly"
+        )
     for reason, count in report.rows_set_aside.items():
         print(f"set aside: {reason} {count:,}")
     if report.fallback:

@@ -1,11 +1,12 @@
 """What a scoring job is told: every key of the program score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
+from glintru_rec.scoring.index import IndexConfig
 
 MODES = ("candidates", "top_k", "encode", "update")
 EMPTY_HISTORY = ("reject", "popular")
@@ -37,6 +38,7 @@ class ScoreConfig:
         catalog: ``whole``: every rank searches all items for its own users; ``split``, for catalogs larger than a machine's
             memory: every rank (``--nproc``) searches an even part for the users of all, and the output is the same. mode top_k
             only.
+        index: an approximate search instead of the exact one, see `IndexConfig`; mode top_k only.
         allow: parquet file of the only items that top_k may find, in the column ``item_column``; all when left out.
         deny: parquet file of items that top_k must not find. Unknown items of both files are counted.
         deny_column: name of the column of items that top_k must not find for the row's user, lists of item ids; none when left
@@ -75,6 +77,7 @@ class ScoreConfig:
     candidates_column: str = "candidates"
     item_column: str = "item_id"
     time_column: str = "timestamp"
+    index: IndexConfig = field(default_factory=IndexConfig)
 
     def __post_init__(self):
         one_of("mode", self.mode, MODES)
@@ -83,6 +86,9 @@ class ScoreConfig:
         check("catalog", self.catalog, self.catalog == "whole" or self.mode == "top_k", f"whole, as mode is {self.mode!r}")
         if self.mode not in ("candidates", "top_k"):
             check("empty_history", self.empty_history, self.empty_history == "reject", f"reject, as mode is {self.mode!r}")
+        plain = self.mode == "top_k" and self.catalog == "whole" and self.device == "cpu"
+        allowed = "exact, unless mode is 'top_k', catalog 'whole' and device 'cpu'"
+        check("index.kind", self.index.kind, plain or self.index.kind == "exact", allowed)
         for key in ("allow", "deny", "deny_column"):
             given = getattr(self, key)
             check(key, given, not given or self.mode == "top_k", f"left out, as mode is {self.mode!r}")

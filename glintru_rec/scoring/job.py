@@ -33,6 +33,7 @@ from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import sha256_of, write_json, write_text
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
+from glintru_rec.scoring.index import IndexReport
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
@@ -74,6 +75,8 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     candidates_column = config.candidates_column if config.mode == "candidates" else None
     columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
     opened = open_fragments(files, columns, artifact.vocabulary)
+    is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
+    index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
     with ExitStack() as until_the_end:
 
         def begin() -> tuple[dict[str, Record], list[list[str]]]:
@@ -107,7 +110,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
                 ledger.write(name, own[name])
             scorer.finish()
         now = {name: record for share in from_all(own) for name, record in share.items()}
-        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items)
+        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items, index)
 
         def finish() -> None:
             """Write the report, unless a job before this one has ended well."""
@@ -124,6 +127,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
 def _terms(config: ScoreConfig, artifact: Artifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
     settings = {key: value for key, value in asdict(config).items() if key not in _NOT_TERMS}
+    settings["index"] = config.index.of_output()
     for key in ("allow", "deny"):
         if settings[key]:
             settings[key] = sha256_of(Path(settings[key]))[:16]
@@ -184,7 +188,9 @@ def _score_fragment(
     return Record(fragment.file.stamp, files=files.sizes(), counts=counts, timing=seconds)
 
 
-def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int) -> ScoreReport:
+def _report(
+    before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int, index: IndexReport | None
+) -> ScoreReport:
     """Sum up all fragments: those of earlier calls, and those that took ``elapsed`` seconds now."""
     failed = {name: record.error for name, record in now.items() if record.error}
     records = {name: record for name, record in (before | now).items() if not record.error}
@@ -199,5 +205,10 @@ def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, u
         fragments_now=len(records) - len(before),
     )
     return ScoreReport(
-        **asdict(counts), unknown_listed_items=unknown_listed, fragments=len(before | now), failed=failed, timing=timing
+        **asdict(counts),
+        unknown_listed_items=unknown_listed,
+        fragments=len(before | now),
+        failed=failed,
+        timing=timing,
+        index=index,
     )

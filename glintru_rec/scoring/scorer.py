@@ -1,5 +1,6 @@
 """Run an artifact on batches of rows; tables of the job's output come out."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.scoring.catalog import catalog_of, items_left, stretches_of
 from glintru_rec.scoring.config import ScoreConfig
-from glintru_rec.scoring.ranks import rank_and_size
-from glintru_rec.scoring.rows import Rows
+from glintru_rec.scoring.fragments import Fragment
+from glintru_rec.scoring.index import IndexedCatalog, IndexReport
+from glintru_rec.scoring.pipeline import map_in_order, one_thread_each
+from glintru_rec.scoring.ranks import on_first, rank_and_size
+from glintru_rec.scoring.rows import Limits, Rows
 from glintru_rec.scoring.split import SplitCatalog
+
+# What an index is measured on: the first rows of so many files, in batches of so many.
+_SAMPLED_FILES = 16
+_SAMPLED_ROWS = 64
 
 
 class Scorer:
@@ -41,6 +50,75 @@ class Scorer:
             self._catalog: Any = SplitCatalog(stretches, num_threads)
         else:
             self._catalog = catalog_of(artifact, left)
+        self._left = left
+
+    def prepare(self, fragments: list[Fragment]) -> IndexReport | None:
+        """Open the index, where the search is approximate, and measure it on some users of the input.
+
+        In a process group every rank calls this.
+
+        Returns:
+            What was measured; None where the search is exact.
+
+        Raises:
+            InputError: the index cannot be had, or finds less of the exact search's items than is asked for.
+        """
+        config, artifact = self._config, self._artifact
+        if config.index.kind == "exact":
+            return None
+        with one_thread_each(config.device) as num_threads:
+            exact = self._catalog
+
+            def open_one() -> IndexedCatalog:
+                return IndexedCatalog(artifact, config.index, self._left, exact, num_threads)
+
+            on_first(lambda: open_one() and None)  # which builds it, where there is none
+            self._catalog = indexed = open_one()
+            return on_first(lambda: self._measured(indexed, exact, fragments, num_threads))
+
+    def _measured(self, indexed: IndexedCatalog, exact: Any, fragments: list[Fragment], num_threads: int) -> IndexReport:
+        """Compare the index with the exact search."""
+        config = self._config
+
+        @torch.inference_mode()
+        def compare(rows: Rows) -> tuple[list[float], int]:
+            query, out, out_lengths, k = self._question(rows)
+            approximate, best = (search.top_k_of(query, out, out_lengths, k)[0] for search in (indexed, exact))
+            shares = [
+                float(torch.isin(truth[truth >= 0], found).float().mean())
+                for truth, found in zip(best, approximate)
+                if bool((truth >= 0).any())
+            ]
+            return shares, int(indexed.found(query, out, out_lengths, k)[2].sum())
+
+        compared = list(map_in_order(compare, self._sample(fragments), num_threads))
+        shares = [share for some, _ in compared for share in some]
+        recall = round(sum(shares) / len(shares), 6) if shares else None
+        report = IndexReport(config.index.kind, recall, len(shares), sum(few for _, few in compared))
+        if recall is not None and recall < config.index.min_recall:
+            more = {"ivf": "index.num_probes", "hnsw": "index.ef_search"}[config.index.kind]
+            raise InputError(
+                f"index {config.index.kind} finds {recall:.4f} of the exact top {config.top_k} of {len(shares)} of the job's "
+                f"users, less than index.min_recall={config.index.min_recall}; give more {more}, or index=exact"
+            )
+        return report
+
+    def _sample(self, fragments: list[Fragment]) -> Iterator[Rows]:
+        """Read the first rows of some files, evenly chosen; those that cannot be read are reported when they are scored."""
+        some = [fragment for fragment in fragments if fragment.num_rows]
+        some = [some[place] for place in sorted({int(place) for place in np.linspace(0, len(some) - 1, _SAMPLED_FILES)})]
+        limits = Limits(self._config.max_candidates, keep_empty=False)
+        share = -(-self._config.index.sample // max(1, len(some)))
+        for fragment in some:
+            num_read = 0
+            try:
+                for rows in fragment.read(min(share, _SAMPLED_ROWS), self._artifact.vocabulary, limits):
+                    yield rows
+                    num_read += rows.num_read
+                    if num_read >= share:
+                        break
+            except InputError:
+                continue
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
@@ -72,16 +150,21 @@ class Scorer:
                 of_empty = is_empty.repeat_interleave(candidate_lengths)
                 scores[of_empty] = self._counts[candidates[of_empty]]
             return _listed(rows.users, candidates, candidate_lengths, scores, artifact)
-        k = min(config.top_k, artifact.vocabulary.num_items)
+        best, best_scores = self._catalog.top_k_of(*self._question(rows))
+        if self._counts is not None:
+            best[is_empty], best_scores[is_empty] = self._popular, self._counts[self._popular]
+        return ranked_table(rows.users, best, best_scores, artifact)
+
+    def _question(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Give the arguments of ``top_k_of`` for a batch."""
+        config, artifact = self._config, self._artifact
+        item_ids, lengths = (torch.from_numpy(array).to(config.device) for array in rows.history)
         query = artifact.module.encode(item_ids, lengths)
         out, out_lengths = (item_ids, lengths) if config.exclude_seen else (item_ids[:0], torch.zeros_like(lengths))
         if config.deny_column:
             denied, denied_lengths = (torch.from_numpy(array).to(config.device) for array in rows.denied)
             out, out_lengths = _joined(out, out_lengths, denied, denied_lengths)
-        best, best_scores = self._catalog.top_k_of(query, out, out_lengths, k)
-        if self._counts is not None:
-            best[is_empty], best_scores[is_empty] = self._popular, self._counts[self._popular]
-        return ranked_table(rows.users, best, best_scores, artifact)
+        return query, out, out_lengths, min(config.top_k, artifact.vocabulary.num_items)
 
 
 def _joined(items: Tensor, lengths: Tensor, more: Tensor, more_lengths: Tensor) -> tuple[Tensor, Tensor]:
