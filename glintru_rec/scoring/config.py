@@ -8,7 +8,8 @@ from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.scoring.index import IndexConfig
 
-MODES = ("candidates", "top_k", "encode", "update")
+MODES = ("candidates", "top_k", "encode", "items", "update")
+_MISSING = "???"  # hydra asks for what has this value
 EMPTY_HISTORY = ("reject", "popular")
 CATALOGS = ("whole", "split")
 _NUMBERS = {3: "three", 4: "four"}
@@ -26,10 +27,12 @@ class ScoreConfig:
 
     Attributes:
         artifact: folder that launch/export.py wrote.
-        input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update.
+        input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update;
+            left out in mode items.
         output: folder to write; it must not exist, be empty, or be of the same job.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
-            writes the user's vector (`glintru_rec.export.artifact` says what item vectors go with it); ``update`` carries
+            writes the user's vector; ``items`` writes the vector of every item: a score is the dot product of both (with
+            similarity cosine, item vectors have length 1; biases are in the last number); ``update`` carries
             the states of users on by new events and finds the best items of those who acted (see
             `glintru_rec.scoring.update`).
         state: folder of the store of user states, made when missing; mode update only.
@@ -39,8 +42,9 @@ class ScoreConfig:
             memory: every rank (``--nproc``) searches an even part for the users of all, and the output is the same. mode top_k
             only.
         index: an approximate search instead of the exact one, see `IndexConfig`; mode top_k only.
-        allow: parquet file of the only items that top_k may find, in the column ``item_column``; all when left out.
-        deny: parquet file of items that top_k must not find. Unknown items of both files are counted.
+        allow: parquet file of the only items that top_k may find, or items write, in the column ``item_column``; all when left
+            out.
+        deny: parquet file of items that top_k must not find, nor items write. Unknown items of both files are counted.
         deny_column: name of the column of items that top_k must not find for the row's user, lists of item ids; none when left
             out. An item there that the vocabulary lacks changes nothing. (The row's own allow-list is mode candidates.)
         empty_history: what becomes of a row whose history has no known item. ``reject`` sets it aside; ``popular`` scores it,
@@ -58,9 +62,9 @@ class ScoreConfig:
     """
 
     artifact: str
-    input: str
-    output: str
-    mode: str
+    input: str = ""
+    output: str = _MISSING
+    mode: str = _MISSING
     state: str = ""
     top_k: int = 100
     exclude_seen: bool = True
@@ -91,10 +95,16 @@ class ScoreConfig:
         check("index.kind", self.index.kind, plain or self.index.kind == "exact", allowed)
         for key in ("allow", "deny", "deny_column"):
             given = getattr(self, key)
-            check(key, given, not given or self.mode == "top_k", f"left out, as mode is {self.mode!r}")
+            listed = self.mode == "top_k" or (self.mode == "items" and key != "deny_column")
+            check(key, given, not given or listed, f"left out, as mode is {self.mode!r}")
             check(key, given, not given or self.empty_history == "reject", "left out, as empty_history is 'popular'")
-        names = ("user_column", "history_column", "candidates_column", "item_column", "time_column")
-        for key in ("artifact", "input", "output", *names):
+        names: tuple[str, ...] = ("user_column", "history_column", "candidates_column", "item_column", "time_column")
+        if self.mode == "items":
+            check("input", self.input, not self.input, "left out, as mode is 'items': the artifact has the items")
+            names += ("artifact", "output")
+        else:
+            names += ("artifact", "input", "output")
+        for key in names:
             check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
         check("max_candidates", self.max_candidates, self.max_candidates >= 1, "at least 1")

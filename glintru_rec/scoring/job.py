@@ -3,7 +3,8 @@
 ::
 
     part-00000.parquet                     one output file per input file, under the same name: user_id, and
-                                           item_ids and scores (candidates, top_k) or embedding (encode)
+                                           item_ids and scores (candidates, top_k) or embedding (encode);
+                                           items: item_id and embedding, 2^20 items in a file
     rejects/part-00000.parquet             rows that could not be scored: user_id, reason, fragment, row (from 1)
     unknown_candidates/part-00000.parquet  candidates that the vocabulary lacks: user_id, item_id, fragment, row
     report.json                            what became of every row
@@ -34,6 +35,7 @@ from glintru_rec.files import sha256_of, write_json, write_text
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
 from glintru_rec.scoring.index import IndexReport
+from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
@@ -69,12 +71,13 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     output = Path(config.output)
     artifact = Artifact.load(config.artifact, config.device)
     scorer = Scorer(config, artifact)
-    files = find_inputs(config.input)
+    catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
+    files = [part.file for part in catalog.values()] or find_inputs(config.input)
     ledger = Ledger(output, _terms(config, artifact), files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
     columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
-    opened = open_fragments(files, columns, artifact.vocabulary)
+    opened: dict[str, Fragment | InputError] = {**catalog} or open_fragments(files, columns, artifact.vocabulary)
     is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
     index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
     with ExitStack() as until_the_end:

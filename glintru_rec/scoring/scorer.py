@@ -52,6 +52,11 @@ class Scorer:
             self._catalog = catalog_of(artifact, left)
         self._left = left
 
+    @property
+    def items(self) -> np.ndarray:
+        """The vocabulary indices of the items that the job may give, int64, ascending."""
+        return np.arange(self._artifact.vocabulary.num_items) if self._left is None else self._left
+
     def prepare(self, fragments: list[Fragment]) -> IndexReport | None:
         """Open the index, where the search is approximate, and measure it on some users of the input.
 
@@ -122,9 +127,10 @@ class Scorer:
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
-        if self._config.mode == "encode":
+        if self._config.mode in ("encode", "items"):
             embedding = pa.list_(pa.float32(), self._artifact.manifest["embedding_dim"])
-            return pa.schema([("user_id", user_type), ("embedding", embedding)])
+            whose = "item_id" if self._config.mode == "items" else "user_id"
+            return pa.schema([(whose, user_type), ("embedding", embedding)])
         return ranked_schema(user_type, self._artifact)
 
     def finish(self) -> None:
@@ -140,9 +146,11 @@ class Scorer:
             torch.from_numpy(array).to(config.device) for array in (*rows.history, *rows.candidates)
         )
         is_empty = lengths == 0
-        if config.mode == "encode":
-            query = artifact.module.encode(item_ids, lengths).cpu().numpy()
-            embedding = pa.FixedSizeListArray.from_arrays(pa.array(query.ravel()), query.shape[1])
+        if config.mode in ("encode", "items"):
+            vectors = (
+                artifact.module.vectors_of(item_ids) if config.mode == "items" else artifact.module.encode(item_ids, lengths)
+            )
+            embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.cpu().numpy().ravel()), vectors.size(1))
             return pa.table([rows.users, embedding], schema=self.schema(rows.users.type))
         if config.mode == "candidates":
             scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
