@@ -13,7 +13,7 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|items|update [state=DIR for update]
             [top_k=100] [exclude_seen=true] [empty_history=reject|popular]
             [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] [catalog=whole|split] [index=exact|ivf|hnsw]
-            [index.min_recall=0.95] and other hydra overrides
+            [index.min_recall=0.95] [keep_columns=[NAME,...]] and other hydra overrides
         nproc: processes (ranks) on this machine; each scores its share of the input's files, with its share
             of the cores, or with OMP_NUM_THREADS threads where that is set
         max_restarts: times that all ranks are restarted, and go on, after a failure

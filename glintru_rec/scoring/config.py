@@ -6,6 +6,7 @@ import torch
 
 from glintru_rec.config import check, one_of
 from glintru_rec.errors import InputError
+from glintru_rec.scoring.addresses import is_remote, local_path
 from glintru_rec.scoring.index import IndexConfig
 
 MODES = ("candidates", "top_k", "encode", "items", "update")
@@ -26,8 +27,9 @@ class ScoreConfig:
     not be read: the others are scored, there is no _SUCCESS, and the same command again does those that were mended.
 
     Attributes:
-        artifact: folder that launch/export.py wrote.
-        input: parquet file, folder of them or glob pattern; one row per user, or one per event in mode update;
+        artifact: folder that launch/export.py wrote; at an address of fsspec, every process takes a copy (in ``TMPDIR``).
+        input: parquet file, folder of them or glob pattern, local or at an address of fsspec (``s3://…``, with s3fs installed;
+            not in mode update); one row per user, or one per event in mode update;
             left out in mode items.
         output: folder to write; it must not exist, be empty, or be of the same job.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
@@ -57,6 +59,9 @@ class ScoreConfig:
         user_column: name of the column of user ids, integers or strings.
         history_column: name of the column of histories, lists of item ids, oldest first.
         candidates_column: name of the column of candidates, lists of item ids; mode candidates only.
+        keep_columns: names of columns of the input that are written beside the scores, as they are; modes candidates, top_k and
+            encode only. A folder ``name=value`` of a partitioned dataset is a column, too, here and for the other names: of
+            integers where all its values are.
         item_column: name of the column of item ids; of mode update, and of the files ``allow`` and ``deny``.
         time_column: name of the column of times, whole numbers or timestamps; mode update only.
     """
@@ -79,12 +84,21 @@ class ScoreConfig:
     user_column: str = "user_id"
     history_column: str = "history"
     candidates_column: str = "candidates"
+    keep_columns: list[str] = field(default_factory=list)
     item_column: str = "item_id"
     time_column: str = "timestamp"
     index: IndexConfig = field(default_factory=IndexConfig)
 
     def __post_init__(self):
         one_of("mode", self.mode, MODES)
+        for key in ("artifact", "input", "output", "state", "allow", "deny"):
+            setattr(self, key, local_path(getattr(self, key)))
+            may_be_remote = key in ("artifact", "input") and self.mode != "update"
+            check(key, getattr(self, key), may_be_remote or not is_remote(getattr(self, key)), "a path of this machine")
+        has_place = self.index.kind == "exact" or bool(self.index.folder) or not is_remote(self.artifact)
+        check(
+            "index.folder", self.index.folder, has_place, f"a folder of this machine, as the artifact is at {self.artifact!r}"
+        )
         one_of("empty_history", self.empty_history, EMPTY_HISTORY)
         one_of("catalog", self.catalog, CATALOGS)
         check("catalog", self.catalog, self.catalog == "whole" or self.mode == "top_k", f"whole, as mode is {self.mode!r}")
@@ -106,6 +120,13 @@ class ScoreConfig:
             names += ("artifact", "input", "output")
         for key in names:
             check(key, getattr(self, key), bool(getattr(self, key)), "a text that is not empty")
+        taken = {"user_id", "item_ids", "scores", "embedding"} & {name.lower() for name in self.keep_columns}
+        allowed = f"without {', '.join(sorted(taken))}, which the output has itself"
+        check("keep_columns", self.keep_columns, not taken, allowed)
+        is_set = len({name.lower() for name in self.keep_columns}) == len(self.keep_columns)
+        check("keep_columns", self.keep_columns, is_set, "different names")
+        kept = not self.keep_columns or self.mode in ("candidates", "top_k", "encode")
+        check("keep_columns", self.keep_columns, kept, f"left out, as mode is {self.mode!r}")
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
         check("max_candidates", self.max_candidates, self.max_candidates >= 1, "at least 1")
         check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")

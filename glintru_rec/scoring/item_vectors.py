@@ -49,5 +49,5 @@ def item_fragments(items: np.ndarray, vocabulary: Vocabulary) -> dict[str, Fragm
         name = f"part-{number:05d}.parquet"
         # There is no file; that the items are the same ones is told by the artifact's checksums.
         file = InputFile(Path(name), name, Stamp(len(part), 0))
-        fragments[name] = ItemFragment(file, _COLUMNS, len(part), vocabulary.item_ids.type, part)
+        fragments[name] = ItemFragment(file, _COLUMNS, len(part), vocabulary.item_ids.type, pa.schema([]), (), part)
     return fragments

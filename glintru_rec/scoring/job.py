@@ -32,6 +32,7 @@ from glintru_rec.config import check
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import sha256_of, write_json, write_text
+from glintru_rec.scoring.addresses import fetched
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
 from glintru_rec.scoring.index import IndexReport
@@ -69,14 +70,21 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
     output = Path(config.output)
-    artifact = Artifact.load(config.artifact, config.device)
+    with fetched("artifact", config.artifact) as folder:
+        artifact = Artifact.load(folder, config.device)  # what it has mapped into memory stays there when a copy is removed
     scorer = Scorer(config, artifact)
     catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
     files = [part.file for part in catalog.values()] or find_inputs(config.input)
     ledger = Ledger(output, _terms(config, artifact), files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
-    columns = Columns(config.user_column, config.history_column, candidates_column, config.deny_column or None)
+    columns = Columns(
+        config.user_column,
+        config.history_column,
+        candidates_column,
+        config.deny_column or None,
+        kept=tuple(config.keep_columns),
+    )
     opened: dict[str, Fragment | InputError] = {**catalog} or open_fragments(files, columns, artifact.vocabulary)
     is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
     index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
@@ -170,7 +178,8 @@ def _score_fragment(
             return rows, scorer.score(rows)
 
     counts = Counts()
-    with FragmentWriter(output, fragment.file.name, scorer.schema(fragment.user_type)) as files:
+    schema = pa.schema([*scorer.schema(fragment.user_type), *fragment.kept])
+    with FragmentWriter(output, fragment.file.name, schema) as files:
         for rows, table in map_in_order(scored, read_ahead(read()), num_threads):
             with timed(seconds, "write"):
                 files.write_scores(table)

@@ -42,11 +42,18 @@ class Columns(NamedTuple):
     """None where no candidates are asked for."""
     denied: str | None = None
     """None where no row has items to leave out."""
+    kept: tuple[str, ...] = ()
+    """To be written beside the scores, as they are."""
 
     @property
     def lists(self) -> list[str]:
         """The names of those that hold lists."""
         return [name for name in (self.history, self.candidates, self.denied) if name is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, each once."""
+        return list(dict.fromkeys([self.user, *self.lists, *self.kept]))
 
 
 class Limits(NamedTuple):
@@ -81,6 +88,7 @@ class Rows:
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
         set_aside: the other rows: user_id, reason, fragment, row.
+        kept: the columns to keep, ``[B]``.
     """
 
     num_read: int
@@ -91,6 +99,7 @@ class Rows:
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
+    kept: list[pa.Array]
 
 
 def decode(
@@ -145,6 +154,7 @@ def decode(
             candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
         ),
         set_aside=located(aside, "reason", pa.array(_REASONS[reason[aside]], pa.string())),
+        kept=[plain(batch.column(name)).filter(pa.array(keep)) for name in columns.kept],
     )
 
 

@@ -138,9 +138,15 @@ class Scorer:
         if isinstance(self._catalog, SplitCatalog):
             self._catalog.serve()
 
-    @torch.inference_mode()
     def score(self, rows: Rows) -> pa.Table:
-        """Score one batch."""
+        """Score one batch; the columns to keep come last."""
+        table = self._scored(rows)
+        for name, column in zip(self._config.keep_columns, rows.kept):
+            table = table.append_column(name, column)
+        return table
+
+    @torch.inference_mode()
+    def _scored(self, rows: Rows) -> pa.Table:
         config, artifact = self._config, self._artifact
         item_ids, lengths, candidates, candidate_lengths = (
             torch.from_numpy(array).to(config.device) for array in (*rows.history, *rows.candidates)
