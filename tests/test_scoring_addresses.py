@@ -18,6 +18,7 @@ from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export import export_artifact
 from glintru_rec.scoring import ScoreConfig, score
+from glintru_rec.scoring.addresses import RemoteFolder
 from glintru_rec.scoring.index import IndexConfig
 
 NUM_ITEMS, WIDTH, NUM_ROWS = 60, 16, 20
@@ -95,6 +96,48 @@ def test_an_address_gives_what_the_folder_gives(config, tmp_path, memory):
     assert score(one).rows_in == NUM_ROWS
 
 
+def test_an_output_elsewhere_is_that_of_this_machine(config, tmp_path, memory, monkeypatch):
+    """A job that dies before its last record goes on there; another job is refused."""
+    expected = score(config)
+    elsewhere = dataclasses.replace(config, output="memory://results/best")
+    monkeypatch.setattr("glintru_rec.scoring.addresses.RemoteFolder.put", dies_at(6))
+    with pytest.raises(KeyboardInterrupt):
+        score(elsewhere)
+    monkeypatch.undo()
+    # begun.json, two files and the record of the first fragment, and the files of the second
+    assert sum(name.endswith(".parquet") for name in memory.find("/results/best")) == 4
+    report = score(elsewhere)
+    assert (report.timing.fragments_before, report.timing.fragments_now) == (1, 2)
+    assert dataclasses.replace(report, timing=expected.timing) == expected
+    memory.get("/results/best", str(tmp_path / "copy"), recursive=True)
+    assert outputs(tmp_path / "copy") == outputs(config.output)
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert {"_SUCCESS", "report.json", ".job", "rejects"} <= names
+    assert score(elsewhere).timing.fragments_now == 0
+
+    (lost,) = memory.glob("/results/best/day=3*.parquet")
+    memory.rm(lost)
+    assert score(elsewhere).timing.fragments_now == 1
+    assert memory.cat(lost) == (tmp_path / "copy" / Path(lost).name).read_bytes()
+    with pytest.raises(InputError, match="output 'memory://results/best' was begun by another job: top_k was 5, now 6"):
+        score(dataclasses.replace(elsewhere, top_k=6))
+    with pytest.raises(InputError, match="output 'memory://results' is not empty"):
+        score(dataclasses.replace(elsewhere, output="memory://results"))
+
+
+def dies_at(nth):
+    """Give a `RemoteFolder.put` that is interrupted instead of its n-th call."""
+    real, calls = RemoteFolder.put, []
+
+    def put(*arguments):
+        calls.append(arguments)
+        if len(calls) == nth + 1:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    return put
+
+
 def test_a_changed_file_is_another_input(config, tmp_path, memory):
     memory.put(f"{config.input}/day=3/country=se/a.parquet", "/data/a.parquet")
     remote = dataclasses.replace(config, input="memory://data")
@@ -158,7 +201,8 @@ def test_what_cannot_be_used(config, tmp_path, memory):
     refused("input 'memory://none' matches no file", input="memory://none")
     refused("input 'gopher://x' cannot be listed: Protocol not known: gopher", input="gopher://x")
     refused("artifact 'memory://none' cannot be fetched", artifact="memory://none")
-    refused("output is 'memory://out'; it must be a path of this machine", output="memory://out")
+    refused("'gopher://x' is no address that fsspec knows: Protocol not known: gopher", output="gopher://x")
+    refused("output is 'memory://o'; it must be a path", output="memory://o", mode="update", state="s")
     refused("artifact is 'memory://m'; it must be a path of this machine", artifact="memory://m", mode="update", state="s")
     refused("index.folder is ''; it must be a folder of this machine", artifact="memory://m", index=IndexConfig("ivf"))
     refused("has no column 'month'; it has .*'day', 'country'", keep_columns=["day", "month", "country"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from glintru_rec.config import check
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.progress import Progress
+from glintru_rec.scoring.addresses import is_remote
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.job import score
 from glintru_rec.scoring.ranks import rank_and_size
@@ -53,7 +54,7 @@ def _score(config: ScoreConfig, show: Callable[[int, int], None]) -> int:
     if rank_and_size()[0] > 0:
         return status
     resolved = Path(config.output) / "config.yaml"
-    if not resolved.exists():
+    if not is_remote(config.output) and not resolved.exists():  # elsewhere, the report has it
         write_config(config, resolved)
     timing = report.timing
     if timing.fragments_before:

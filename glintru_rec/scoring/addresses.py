@@ -43,6 +43,53 @@ class RemoteFile:
         return num_bytes, int.from_bytes(digest[:7])
 
 
+class RemoteFolder:
+    """A folder of an fsspec file system.
+
+    Args:
+        location: its address.
+
+    Raises:
+        InputError: there is no such file system.
+    """
+
+    def __init__(self, location: str):
+        try:
+            self._system, self._root = fsspec.core.url_to_fs(location.rstrip("/"))
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{location!r} is no address that fsspec knows: {error}") from error
+        self._location = location
+
+    def __str__(self) -> str:
+        return self._location
+
+    def sizes(self) -> dict[str, int]:
+        """Give the bytes of all files, to the bottom, by their names in the folder; none where there is no folder."""
+        self._system.invalidate_cache()
+        found = self._system.find(self._root, detail=True)
+        return {str(PurePosixPath(key).relative_to(PurePosixPath(self._root))): info["size"] for key, info in found.items()}
+
+    def get(self, name: str, path: Path) -> None:
+        """Fetch a file."""
+        self._system.get_file(f"{self._root}/{name}", str(path))
+
+    def put(self, path: Path, name: str) -> None:
+        """Write a file, or write it anew; it appears whole where the file system has whole files, as object stores do.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            self._system.makedirs(str(PurePosixPath(f"{self._root}/{name}").parent), exist_ok=True)
+            self._system.put_file(str(path), f"{self._root}/{name}")
+        except OSError as error:
+            raise InputError(f"{name!r} cannot be written to {self._location!r}: {error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file that is there."""
+        self._system.rm_file(f"{self._root}/{name}")
+
+
 def is_remote(location: str) -> bool:
     """Say whether a location is an address, not a path."""
     return "://" in location

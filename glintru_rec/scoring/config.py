@@ -31,7 +31,8 @@ class ScoreConfig:
         input: parquet file, folder of them or glob pattern, local or at an address of fsspec (``s3://…``, with s3fs installed;
             not in mode update); one row per user, or one per event in mode update;
             left out in mode items.
-        output: folder to write; it must not exist, be empty, or be of the same job.
+        output: folder to write; it must not exist, be empty, or be of the same job. At an address of fsspec, files are made on
+            this machine (in ``TMPDIR``) and taken there, and two jobs at once are not refused; not in mode update.
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
             writes the user's vector; ``items`` writes the vector of every item: a score is the dot product of both (with
             similarity cosine, item vectors have length 1; biases are in the last number); ``update`` carries
@@ -93,7 +94,7 @@ class ScoreConfig:
         one_of("mode", self.mode, MODES)
         for key in ("artifact", "input", "output", "state", "allow", "deny"):
             setattr(self, key, local_path(getattr(self, key)))
-            may_be_remote = key in ("artifact", "input") and self.mode != "update"
+            may_be_remote = key in ("artifact", "input", "output") and self.mode != "update"
             check(key, getattr(self, key), may_be_remote or not is_remote(getattr(self, key)), "a path of this machine")
         has_place = self.index.kind == "exact" or bool(self.index.folder) or not is_remote(self.artifact)
         check(

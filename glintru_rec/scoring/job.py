@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from glintru_rec.config import check
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import sha256_of, write_json, write_text
-from glintru_rec.scoring.addresses import fetched
+from glintru_rec.scoring.addresses import RemoteFolder, fetched, is_remote
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
 from glintru_rec.scoring.index import IndexReport
@@ -40,6 +41,7 @@ from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
+from glintru_rec.scoring.remote_ledger import RemoteLedger
 from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
 from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.scorer import Scorer
@@ -67,15 +69,25 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             another config, artifact or input; another job is writing it; there are several ranks and a CUDA device.
     """
     check("mode", config.mode, config.mode != "update", "one that scores histories; for update, call update_states()")
+    if not is_remote(config.output):
+        return _score(config, Path(config.output), None, progress)
+    with TemporaryDirectory(prefix="glintru_rec-") as folder:
+        return _score(config, Path(folder), RemoteFolder(config.output), progress)
+
+
+def _score(
+    config: ScoreConfig, output: Path, remote: RemoteFolder | None, progress: Callable[[int, int], None] | None
+) -> ScoreReport:
+    """Score into a folder of this machine, from which all goes on to ``remote`` where there is one."""
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
-    output = Path(config.output)
     with fetched("artifact", config.artifact) as folder:
         artifact = Artifact.load(folder, config.device)  # what it has mapped into memory stays there when a copy is removed
     scorer = Scorer(config, artifact)
     catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
     files = [part.file for part in catalog.values()] or find_inputs(config.input)
-    ledger = Ledger(output, _terms(config, artifact), files)
+    terms = _terms(config, artifact)
+    ledger = RemoteLedger(remote, output, terms, files) if remote else Ledger(output, terms, files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     candidates_column = config.candidates_column if config.mode == "candidates" else None
     columns = Columns(
@@ -96,7 +108,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             before = ledger.done()
             missing = {name: _num_rows(opened[name]) for name in opened if name not in before}
             if missing:
-                (output / SUCCESS_FILE).unlink(missing_ok=True)
+                ledger.remove(SUCCESS_FILE)
             ledger.remove_leftovers(missing)
             return before, share_out(missing, num_ranks)
 
@@ -128,8 +140,10 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             if now or not (output / SUCCESS_FILE).exists():
                 written: dict[str, Any] = {**asdict(report), "config": asdict(config), "model": artifact.manifest["provenance"]}
                 write_json(output / REPORT_FILE, written)
+                ledger.publish(REPORT_FILE)
                 if not report.failed:
                     write_text(output / SUCCESS_FILE, "")
+                    ledger.publish(SUCCESS_FILE)
 
         on_first(finish)
     return report
