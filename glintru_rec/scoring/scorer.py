@@ -77,8 +77,9 @@ class Scorer:
             def open_one() -> IndexedCatalog:
                 return IndexedCatalog(artifact, config.index, self._left, exact, num_threads)
 
-            on_first(lambda: open_one() and None)  # which builds it, where there is none
-            self._catalog = indexed = open_one()
+            opened: list[IndexedCatalog] = []
+            on_first(lambda: opened.append(open_one()))  # which builds it, where there is none
+            self._catalog = indexed = opened[0] if opened else open_one()
             return on_first(lambda: self._measured(indexed, exact, fragments, num_threads))
 
     def _measured(self, indexed: IndexedCatalog, exact: Any, fragments: list[Fragment], num_threads: int) -> IndexReport:
