@@ -149,6 +149,16 @@ def test_too_little_recall_stops_the_job_before_it_begins(config, tmp_path):
     assert score(better).index is None  # all was done before: there is nothing to search
 
 
+@dot_only
+def test_nobody_to_measure_it_on(config, tmp_path):
+    """One file is empty, the other cannot be read."""
+    first, second = (tmp_path / "in" / f"part-{number}.parquet" for number in range(2))
+    pq.write_table(pq.read_table(first).slice(0, 0), first)
+    second.write_bytes(second.read_bytes()[:-9])
+    report = score(with_index(config, tmp_path, "ivf", min_recall=1.0))
+    assert (report.index.recall, report.index.users, report.rows_in, list(report.failed)) == (None, 0, 0, ["part-1.parquet"])
+
+
 @pytest.mark.programs
 @dot_only
 def test_the_program_prints_the_recall(config, tmp_path):

@@ -112,7 +112,7 @@ class Scorer:
     def _sample(self, fragments: list[Fragment]) -> Iterator[Rows]:
         """Read the first rows of some files, evenly chosen; those that cannot be read are reported when they are scored."""
         some = [fragment for fragment in fragments if fragment.num_rows]
-        some = [some[place] for place in sorted({int(place) for place in np.linspace(0, len(some) - 1, _SAMPLED_FILES)})]
+        some = some[:: -(-len(some) // _SAMPLED_FILES) or 1]
         limits = Limits(self._config.max_candidates, keep_empty=False)
         share = -(-self._config.index.sample // max(1, len(some)))
         for fragment in some:
