@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +50,11 @@ def run_program(program: str, *overrides: str, nproc: int = 1, check: bool = Tru
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     return result
+
+
+def keys_of(config: Any) -> dict[str, Any]:
+    """A config of scoring as its keys and values, less the group index, which is left at its default."""
+    return {key: value for key, value in asdict(config).items() if key != "index"}
 
 
 def environment() -> dict[str, str]:

@@ -19,7 +19,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.export import export_artifact
 from glintru_rec.programs.score import score_program
 from glintru_rec.scoring import ScoreConfig, score
-from tests.conftest import REPOSITORY, environment, run_program
+from tests.conftest import REPOSITORY, environment, keys_of, run_program
 
 NUM_ITEMS, WIDTH, NUM_FILES, NUM_ROWS = 40, 16, 4, 30
 COUNTS = np.random.default_rng(0).permutation(NUM_ITEMS) // 2 + 2**40  # in pairs, and equal as float32
@@ -132,7 +132,7 @@ MOMENTS = [
 @pytest.mark.programs
 def test_a_job_killed_between_any_two_steps_goes_on(config):
     configs = [dataclasses.replace(config, output=f"{config.output}-{number}") for number in range(len(MOMENTS))]
-    trials = json.dumps([(dataclasses.asdict(each), *moment[:4]) for each, moment in zip(configs, MOMENTS)])
+    trials = json.dumps([(keys_of(each), *moment[:4]) for each, moment in zip(configs, MOMENTS)])
     subprocess.run([sys.executable, "-c", KILLER], input=trials, text=True, check=True, cwd=REPOSITORY, env=environment())
     expected = undisturbed(config)
     for each, (*_, done) in zip(configs, MOMENTS):
@@ -259,7 +259,7 @@ def hold(done, total):
 
 score(ScoreConfig(**json.loads(sys.argv[1])), hold)
 """
-    command = [sys.executable, "-c", holding, json.dumps(dataclasses.asdict(config))]
+    command = [sys.executable, "-c", holding, json.dumps(keys_of(config))]
     first = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "holding\n"

@@ -19,7 +19,7 @@ from glintru_rec.scoring.fragments import find_inputs, open_fragments
 from glintru_rec.scoring.pipeline import READ_AHEAD, map_in_order, one_thread_each, read_ahead
 from glintru_rec.scoring.ranks import share_out
 from glintru_rec.scoring.rows import Columns, Limits
-from tests.conftest import run_program
+from tests.conftest import keys_of, run_program
 
 NUM_ITEMS, WIDTH = 300, 32
 
@@ -174,7 +174,7 @@ def test_ranks_write_what_one_process_writes(artifact, tmp_path):
     whole = (tmp_path / "in" / "part-1.parquet").read_bytes()
     (tmp_path / "in" / "part-1.parquet").write_bytes(whole[:-20])
     config = ScoreConfig(artifact, source, str(tmp_path / "four"), "top_k", top_k=7, batch_size=50)
-    arguments = [f"{key}={value}" for key, value in dataclasses.asdict(config).items() if value != ""]
+    arguments = [f"{key}={value}" for key, value in keys_of(config).items() if value != ""]
     result = run_program("score", *arguments, nproc=4, check=False)
     assert result.returncode != 0
     assert result.stderr.count("error: 1 of 3 input file(s) could not be read") == 1

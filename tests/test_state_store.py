@@ -1,6 +1,5 @@
 """The store of user states: carried on event by event, it gives what whole histories give, whatever is cut, late or killed."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -31,7 +30,7 @@ from glintru_rec.model import SequenceModel
 from glintru_rec.programs.score import score_program
 from glintru_rec.scoring import ScoreConfig, score, update_states
 from glintru_rec.scoring.state_store import StateStore
-from tests.conftest import environment
+from tests.conftest import environment, keys_of
 from tests.encoder_laws import shake
 
 NUM_ITEMS, WIDTH, K, NUM_USERS = 60, 16, 12, 12
@@ -429,7 +428,7 @@ class TestRefused:
 
 def test_the_program_says_what_became_of_every_row(artifact, tmp_path, capsys):
     events_of(tmp_path, 0, [(0, 1, 10), (1, 2, 10), (0, 1, 10)])
-    pairs = [f"{key}={value}" for key, value in dataclasses.asdict(config(tmp_path, artifact(), 0)).items()]
+    pairs = [f"{key}={value}" for key, value in keys_of(config(tmp_path, artifact(), 0)).items()]
     arguments = [pair for pair in pairs if pair.split("=")[0] in ("artifact", "input", "output", "mode", "state", "top_k")]
     score_program(compose("score", ScoreConfig, arguments))
     lines = capsys.readouterr().out
@@ -552,7 +551,7 @@ def test_killed_updates_run_again_give_what_an_undisturbed_one_gives(artifact, t
         folder = tmp_path / f"trial-{number}"
         shutil.copytree(tmp_path / "state", folder / "state")
         trials.append((config(folder, artifact(), 1, input=str(tmp_path / "1.parquet")), where, share))
-    arguments = json.dumps([(dataclasses.asdict(each), where, share) for each, where, share in trials])
+    arguments = json.dumps([(keys_of(each), where, share) for each, where, share in trials])
     killer = subprocess.run(
         [sys.executable, "-c", KILLER], input=arguments, capture_output=True, text=True, check=True, env=environment()
     )

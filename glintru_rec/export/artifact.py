@@ -29,7 +29,8 @@ from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.export.item_files import VECTORS_FILE
+from glintru_rec.export.item_files import BIASES_FILE, NORMS_FILE, SCALES_FILE, VECTORS_FILE, item_files
+from glintru_rec.export.mapped_array import map_read_only
 from glintru_rec.files import sha256_of
 
 ARTIFACT_VERSION = 2
@@ -162,8 +163,8 @@ def _open_module(path: Path, manifest: dict[str, Any], device: str) -> torch.jit
     if missing:
         raise InputError(f"{MODEL_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
     try:
-        module.open_items(str(path))
-    except (RuntimeError, torch.jit.Error) as error:
+        _open_items(module, path, device)
+    except (OSError, ValueError) as error:
         raise InputError(f"the item table of artifact {str(path)!r} cannot be opened: {_last(error)}") from error
     if module.item_vectors.size(0) != manifest["num_items"]:
         raise InputError(
@@ -171,6 +172,19 @@ def _open_module(path: Path, manifest: dict[str, Any], device: str) -> torch.jit
             f"{manifest['num_items']}; export it again"
         )
     return module
+
+
+def _open_items(module: torch.jit.ScriptModule, path: Path, device: str) -> None:
+    """Do what the module's ``open_items`` does, with mappings that may be larger than memory."""
+    names = item_files("int8" if module.is_int8 else "fp32", module.cosine, module.item_bias)
+    tables = {name: map_read_only(path / name).to(device) for name in names}
+    module.item_vectors = tables[VECTORS_FILE]
+    if SCALES_FILE in tables:
+        module.item_scales = module.score_scales = tables[SCALES_FILE]
+    if BIASES_FILE in tables:
+        module.item_biases = tables[BIASES_FILE]
+    if NORMS_FILE in tables:
+        module.score_scales = tables[NORMS_FILE]
 
 
 def _last(error: BaseException) -> str:

@@ -1,7 +1,26 @@
-"""Map NumPy files into memory, in TorchScript: an exported model opens its item table by itself, in Python and in C++."""
+"""Map NumPy files into memory, in TorchScript: an exported model opens its item table by itself, in Python and in C++.
 
+Linux refuses the private mapping that ``torch.from_file`` makes of a file larger than memory and swap together (unless
+``vm.overcommit_memory`` is 1), as it could be written to. `map_read_only`, in Python alone, maps files of any size.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def map_read_only(path: Path) -> Tensor:
+    """Map an array that ``numpy.save`` wrote, without reading it; see `map_array`. It must not be written to.
+
+    Raises:
+        OSError, ValueError: the file is missing, shorter than it says, or of another kind.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 
 def map_array(path: str) -> Tensor:

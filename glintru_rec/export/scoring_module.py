@@ -18,6 +18,7 @@ from glintru_rec.export.mapped_array import map_array
 from glintru_rec.jagged import keep_last, last_of_each, offsets_from_lengths, sequence_index
 
 MAX_BLOCK_CELLS = 1 << 24  # 64 MiB of float32
+MAX_BLOCK_ITEMS = 1 << 16
 
 
 class ScoringModule(nn.Module):
@@ -237,7 +238,7 @@ class ScoringModule(nn.Module):
         best_scores = torch.full([query.size(0), k], float("-inf"), dtype=query.dtype, device=query.device)
         self._check_opened()
         num_items, columns = self.item_vectors.size(0), self.item_vectors.size(1)
-        block = max(1, self.max_block_cells // max(1, query.size(0), columns))
+        block = block_items(self.max_block_cells, query.size(0), columns)
         starts = torch.arange(0, num_items + block, block, device=query.device)
         seen_before: list[int] = torch.searchsorted(seen, starts).tolist()
         for i, start in enumerate(range(0, num_items, block)):
@@ -280,6 +281,19 @@ class ScoringModule(nn.Module):
         if self.item_bias:
             return functional.pad(hidden, [0, 1], value=1.0)
         return hidden
+
+
+def block_items(max_block_cells: int, batch_size: int, columns: int, max_block_items: int = MAX_BLOCK_ITEMS) -> int:
+    """Give the number of items that `ScoringModule.top_k_of` searches at once, a power of 2.
+
+    So the blocks of any batch begin where those of a larger one do, and a catalog that is cut at a multiple of the largest,
+    `MAX_BLOCK_ITEMS`, is cut between blocks: its parts, searched one by one, are multiplied as the whole is, with equal bits.
+    """
+    most = max_block_cells // max(1, batch_size, columns)
+    block = 1
+    while 2 * block <= min(most, max_block_items):
+        block *= 2
+    return block
 
 
 def checked_offsets(lengths: Tensor, values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from glintru_rec.config import check
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.progress import Progress
+from glintru_rec.scoring.addresses import is_remote
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.job import score
 from glintru_rec.scoring.ranks import rank_and_size
@@ -53,7 +54,7 @@ def _score(config: ScoreConfig, show: Callable[[int, int], None]) -> int:
     if rank_and_size()[0] > 0:
         return status
     resolved = Path(config.output) / "config.yaml"
-    if not resolved.exists():
+    if not is_remote(config.output) and not resolved.exists():  # elsewhere, the report has it
         write_config(config, resolved)
     timing = report.timing
     if timing.fragments_before:
@@ -64,6 +65,12 @@ def _score(config: ScoreConfig, show: Callable[[int, int], None]) -> int:
     print(
         f"rows in {report.rows_in:,}, scored {report.rows_scored:,}, {timing.rows_per_second:,.0f} rows/s (at work: {seconds})"
     )
+    if report.index:
+        index, recall = report.index, "unknown" if report.index.recall is None else f"{report.index.recall:.4f}"
+        print(
+            f"index {index.kind}: recall@{config.top_k} {recall} against exact search, of {index.users:,} users; "
+            f"{index.searched_exactly:,} of them searched exactly"
+        )
     for reason, count in report.rows_set_aside.items():
         print(f"set aside: {reason} {count:,}")
     if report.fallback:

@@ -1,9 +1,11 @@
-"""The part of the catalog that a job may recommend: its allow-list, less its deny-list.
+"""The part of the catalog that a job may recommend: its allow-list, less its deny-list. And that, cut into stretches.
 
 Shapes: V catalog, n items that are left, B users, T items to leave out, Q numbers of a query.
 """
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.export.scoring_module import ScoringModule
+from glintru_rec.export.scoring_module import MAX_BLOCK_ITEMS, ScoringModule
 
 
 class _NoEncoder(Encoder):
@@ -51,6 +53,29 @@ class FewItems:
         return torch.where(places >= 0, self._items[places.clamp(min=0)], places), scores
 
 
+class Stretch:
+    """Find the best of some neighbouring items, exactly, in the rows that a search has, without a copy.
+
+    Args:
+        artifact: of the whole catalog.
+        search: of the whole catalog: the artifact's module, or what `most_items` gives.
+        start: the first item.
+        end: the one after the last.
+    """
+
+    def __init__(self, artifact: Artifact, search: Any, start: int, end: int):
+        self._start, self._end = start, end
+        scales, biases = (x[start:end] for x in (search.score_scales, search.item_biases))
+        self._search = _search(artifact, search.item_vectors[start:end], scales, biases)
+
+    def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""
+        inside = (seen_ids >= self._start) & (seen_ids < self._end)
+        lengths = torch.bincount(torch.repeat_interleave(seen_lengths)[inside], minlength=seen_lengths.numel())
+        places, scores = self._search.top_k_of(query, seen_ids[inside] - self._start, lengths, k)
+        return torch.where(places >= 0, places + self._start, places), scores
+
+
 def most_items(artifact: Artifact, items: np.ndarray) -> ScoringModule:
     """Give a search, exact and the artifact's own, that finds most items of the catalog, and never the others.
 
@@ -74,14 +99,46 @@ def _search(artifact: Artifact, vectors: Tensor, scales: Tensor, biases: Tensor)
     return search
 
 
-def catalog_of(artifact: Artifact, items: np.ndarray) -> FewItems | ScoringModule:
+def catalog_of(artifact: Artifact, items: np.ndarray | None) -> Any:
     """Give a ``top_k_of`` that finds some items of the catalog only: in a copy of few, among all where these are most.
 
     Args:
         artifact: of the whole catalog.
-        items: vocabulary indices that may be found, int64 ``[n]``, ascending.
+        items: vocabulary indices that may be found, int64 ``[n]``, ascending; None: all.
     """
-    return FewItems(artifact, items) if 2 * len(items) < artifact.vocabulary.num_items else most_items(artifact, items)
+    if items is None:
+        return artifact.module
+    return FewItems(artifact, items) if _are_few(artifact, items) else most_items(artifact, items)
+
+
+def stretches_of(artifact: Artifact, items: np.ndarray | None, share: int, num_shares: int, num_stretches: int) -> list[Any]:
+    """Cut what `catalog_of` searches into even shares, and one of them into stretches, each with a ``top_k_of``.
+
+    Every cut is a multiple of `MAX_BLOCK_ITEMS`, so the best of all stretches are those of `catalog_of`, to the bit of their
+    scores.
+
+    Args:
+        artifact: of the whole catalog.
+        items: see `catalog_of`.
+        share: which, from 0.
+        num_shares: how many there are.
+        num_stretches: of the share; those that would be empty are left out.
+    """
+    few = items is not None and _are_few(artifact, items)
+    num_rows = len(items) if few and items is not None else artifact.vocabulary.num_items
+    num_blocks = -(-num_rows // MAX_BLOCK_ITEMS)
+    first, last = (num_blocks * edge // num_shares for edge in (share, share + 1))
+    edges = [first + (last - first) * edge // num_stretches for edge in range(num_stretches + 1)]
+    cuts = [min(edge * MAX_BLOCK_ITEMS, num_rows) for edge in edges]
+    pairs = [(start, end) for start, end in pairwise(cuts) if end > start]
+    if few and items is not None:
+        return [FewItems(artifact, items[start:end]) for start, end in pairs]
+    search = catalog_of(artifact, items)
+    return [Stretch(artifact, search, start, end) for start, end in pairs]
+
+
+def _are_few(artifact: Artifact, items: np.ndarray) -> bool:
+    return 2 * len(items) < artifact.vocabulary.num_items
 
 
 def read_items(key: str, path: str, column: str, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:

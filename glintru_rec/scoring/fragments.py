@@ -2,10 +2,13 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ from glintru_rec.data.formats import find_files
 from glintru_rec.data.side_features import CATEGORICAL, NO_SIDE, SideVocabulary, is_categorical
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
+from glintru_rec.scoring.addresses import RemoteFile, find_remote, is_remote
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
 
 _STRINGS = ("string", "large_string", "string_view")
@@ -23,6 +27,7 @@ _READ_BYTES = 1 << 20
 # Rows are read a few at a time, and joined to batches of at most so many list items: lists may be long, and short ones follow.
 _PIECE_ROWS = 32
 _BATCH_ITEMS = 1 << 21
+_NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Stamp(NamedTuple):
@@ -30,10 +35,13 @@ class Stamp(NamedTuple):
 
     num_bytes: int
     mtime_ns: int
+    """Of a file elsewhere, a number that tells its versions apart."""
 
     @classmethod
-    def of(cls, path: Path) -> "Stamp":
+    def of(cls, path: Path | RemoteFile) -> "Stamp":
         """Look at a file."""
+        if isinstance(path, RemoteFile):
+            return cls(*path.look())
         stat = path.stat()
         return cls(stat.st_size, stat.st_mtime_ns)
 
@@ -46,11 +54,13 @@ class InputFile:
         path: where it is.
         name: of the output file; it ends in ``.parquet`` and is unique in the input.
         stamp: before anything was read of it.
+        folders: what the folders that it lies in, ``name=value``, say of all its rows.
     """
 
-    path: Path
+    path: Path | RemoteFile
     name: str
     stamp: Stamp
+    folders: dict[str, pa.Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,16 @@ class Fragment:
         columns: what is read of it.
         num_rows: as its footer says.
         user_type: type of the user ids.
+        kept: the columns to keep, with their types.
+        from_folders: the columns that the file lacks, but its folders have.
     """
 
     file: InputFile
     columns: Columns
     num_rows: int
     user_type: pa.DataType
+    kept: pa.Schema
+    from_folders: Sequence[str]
 
     def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, side: SideVocabulary = NO_SIDE) -> Iterator[Rows]:
         """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
@@ -84,9 +98,10 @@ class Fragment:
         """Read at most ``batch_size`` rows at a time, as they are (see `read`)."""
         path = self.file.path
         try:
-            with pq.ParquetFile(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
+            with _parquet(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
                 piece = math.ceil(batch_size / math.ceil(batch_size / _PIECE_ROWS))
-                yield from self._joined(self._pieces(file, piece), batch_size)
+                for batch in self._joined(self._pieces(file, piece), batch_size):
+                    yield self._with_folders(batch)
             stamp = Stamp.of(path)
         except _UNREADABLE as error:
             raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
@@ -95,10 +110,14 @@ class Fragment:
 
     def _pieces(self, file: pq.ParquetFile, num_rows: int) -> Iterator[pa.RecordBatch]:
         """Read ``num_rows`` rows at a time, and fewer at the end of a row group."""
+        columns = [name for name in self.columns.names if name not in self.from_folders]
         # Each row group has dictionaries of its own, and pyarrow cannot read a list of two of them into one batch.
-        columns = [self.columns.user, *self.columns.lists, *self.columns.side]
         for group in range(file.num_row_groups):
             yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
+
+    def _with_folders(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        constants = [pa.repeat(self.file.folders[name], len(batch)) for name in self.from_folders]
+        return pa.RecordBatch.from_arrays([*batch.columns, *constants], [*batch.schema.names, *self.from_folders])
 
     def _joined(self, pieces: Iterator[pa.RecordBatch], batch_size: int) -> Iterator[pa.RecordBatch]:
         """Join pieces to batches; only a piece alone may be larger than a batch."""
@@ -121,26 +140,55 @@ def _one(pieces: list[pa.RecordBatch]) -> pa.RecordBatch:
     return batch
 
 
+@contextmanager
+def _parquet(path: Path | RemoteFile, **options: Any) -> Iterator[pq.ParquetFile]:
+    if isinstance(path, Path):
+        with pq.ParquetFile(path, **options) as file:
+            yield file
+        return
+    with path.open() as source, pq.ParquetFile(source, **options) as file:
+        yield file
+
+
 def find_inputs(location: str) -> list[InputFile]:
     """Find the files of the input.
 
     Args:
         location: a parquet file, a folder of them (searched to the bottom; names that start with ``.`` or ``_`` are
-            skipped) or a glob pattern.
+            skipped) or a glob pattern; local, or at any address of fsspec.
 
     Raises:
         InputError: no file, or two that would be written under one name.
     """
-    paths = find_files(location)
-    common = os.path.commonpath([path.parent for path in paths])
+    paths: Sequence[Path | RemoteFile] = find_remote(location) if is_remote(location) else find_files(location)
+    places = [PurePosixPath(path.key) if isinstance(path, RemoteFile) else path for path in paths]
+    common = os.path.commonpath([place.parent for place in places])
     files: dict[str, InputFile] = {}
-    for path in paths:
+    for path, place, folders in zip(paths, places, _folder_values(places)):
         # The output is flat, so that one pattern, *.parquet, finds all of it: a sub-folder becomes part of the name.
-        name = "__".join(path.relative_to(common).parts).removesuffix(".parquet") + ".parquet"
+        name = "__".join(place.relative_to(common).parts).removesuffix(".parquet") + ".parquet"
         if name in files:
             raise InputError(f"{str(files[name].path)!r} and {str(path)!r} would both be written as {name!r}; rename one")
-        files[name] = InputFile(path, name, Stamp.of(path))
+        files[name] = InputFile(path, name, Stamp.of(path), folders)
     return list(files.values())
+
+
+def _folder_values(places: Sequence[PurePath]) -> list[dict[str, pa.Scalar]]:
+    """Read the values in folders' names, ``name=value`` as Hive writes them: int64 where all of a name are integers."""
+    texts = [dict(part.split("=", 1) for part in place.parts[:-1] if "=" in part) for place in places]
+    values = [{name: None if text == _NULL_FOLDER else unquote(text) for name, text in each.items()} for each in texts]
+    all_of: dict[str, list[str]] = {}
+    for each in values:
+        for name, value in each.items():
+            all_of.setdefault(name, []).extend([] if value is None else [value])
+    are_integers = {name: all(re.fullmatch(r"-?\d{1,18}", value) for value in several) for name, several in all_of.items()}
+
+    def scalar(name: str, value: str | None) -> pa.Scalar:
+        if are_integers[name]:
+            return pa.scalar(None if value is None else int(value), pa.int64())
+        return pa.scalar(value, pa.string())
+
+    return [{name: scalar(name, value) for name, value in each.items()} for each in values]
 
 
 def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabulary) -> dict[str, Fragment | InputError]:
@@ -185,7 +233,7 @@ def open_all(files: list[InputFile], open_one: Callable[[InputFile], Fragment]) 
 
 
 def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fragment:
-    hint = "Name the right ones with user_column, history_column, candidates_column and deny_column"
+    hint = "Name the right ones with user_column, history_column, candidates_column, deny_column and keep_columns"
     fragment, schema = open_file(input_file, columns, hint, "The model reads a list of this side feature beside each history")
     path = input_file.path
     for column in columns.lists:
@@ -215,11 +263,14 @@ def open_file(input_file: InputFile, columns: Columns, hint: str, side_hint: str
     """
     path = input_file.path
     try:
-        with pq.ParquetFile(path) as file:
+        with _parquet(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except _UNREADABLE as error:
         raise InputError(f"{str(path)!r} is not readable parquet: {error}; the input is parquet files only") from error
-    for column in (columns.user, *columns.lists, *columns.side):
+    from_folders = [name for name in columns.names if name in input_file.folders and name not in schema.names]
+    for name in from_folders:
+        schema = schema.append(pa.field(name, input_file.folders[name].type))
+    for column in columns.names:
         if column not in schema.names:
             raise InputError(
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
@@ -230,7 +281,8 @@ def open_file(input_file: InputFile, columns: Columns, hint: str, side_hint: str
     user_type = _plain(schema.field(columns.user).type)
     if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
         raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
-    return Fragment(input_file, columns, num_rows, user_type), schema
+    kept = pa.schema([(name, _plain(schema.field(name).type)) for name in columns.kept])
+    return Fragment(input_file, columns, num_rows, user_type, kept, from_folders), schema
 
 
 def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:

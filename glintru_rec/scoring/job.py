@@ -4,7 +4,8 @@
 
     part-00000.parquet                     one output file per input file, under the same name: user_id, and
                                            item_ids and scores (candidates, top_k), embedding (encode), or item_id and a
-                                           column for each task (rank)
+                                           column for each task (rank);
+                                           items: item_id and embedding, 2^20 items in a file
     rejects/part-00000.parquet             rows that could not be scored: user_id, reason, fragment, row (from 1)
     unknown_candidates/part-00000.parquet  candidates that the vocabulary lacks: user_id, item_id, fragment, row
     report.json                            what became of every row
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -33,15 +35,21 @@ from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.export.ranking_artifact import RankingArtifact
 from glintru_rec.files import sha256_of, write_json, write_text
+from glintru_rec.scoring.addresses import RemoteFolder, fetched, is_remote
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.examples import ExampleScorer
 from glintru_rec.scoring.fragments import Fragment, find_inputs
+from glintru_rec.scoring.index import IndexReport
+from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
+from glintru_rec.scoring.remote_ledger import RemoteLedger
 from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
 from glintru_rec.scoring.scorer import Scorer
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER, FragmentWriter
+
+_NOT_TERMS = ("artifact", "input", "output", "catalog")
 
 
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
@@ -63,15 +71,34 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             another config, artifact or input; another job is writing it; there are several ranks and a CUDA device.
     """
     check("mode", config.mode, config.mode != "update", "one that scores histories; for update, call update_states()")
+    if not is_remote(config.output):
+        return _score(config, Path(config.output), None, progress)
+    with TemporaryDirectory(prefix="glintru_rec-") as folder:
+        return _score(config, Path(folder), RemoteFolder(config.output), progress)
+
+
+def _score(
+    config: ScoreConfig, output: Path, remote: RemoteFolder | None, progress: Callable[[int, int], None] | None
+) -> ScoreReport:
+    """Score into a folder of this machine, from which all goes on to ``remote`` where there is one."""
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
-    output = Path(config.output)
-    artifact = (RankingArtifact if config.mode == "rank" else Artifact).load(config.artifact, config.device)
-    scorer = ExampleScorer(config, artifact) if isinstance(artifact, RankingArtifact) else Scorer(config, artifact)
-    files = find_inputs(config.input)
-    ledger = Ledger(output, _terms(config, artifact), files)
+    scorer: Scorer | ExampleScorer
+    catalog: dict[str, Any] = {}
+    with fetched("artifact", config.artifact) as folder:  # what is mapped into memory stays there when a copy is removed
+        artifact = (RankingArtifact if config.mode == "rank" else Artifact).load(folder, config.device)
+    if isinstance(artifact, RankingArtifact):
+        scorer = ExampleScorer(config, artifact)
+    else:
+        scorer = Scorer(config, artifact)
+        catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
+    files = [part.file for part in catalog.values()] or find_inputs(config.input)
+    terms = _terms(config, artifact)
+    ledger = RemoteLedger(remote, output, terms, files) if remote else Ledger(output, terms, files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
-    opened = scorer.open(files)
+    opened: dict[str, Fragment | InputError] = {**catalog} or scorer.open(files)
+    is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
+    index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
     with ExitStack() as until_the_end:
 
         def begin() -> tuple[dict[str, Record], list[list[str]]]:
@@ -80,7 +107,7 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             before = ledger.done()
             missing = {name: _num_rows(opened[name]) for name in opened if name not in before}
             if missing:
-                (output / SUCCESS_FILE).unlink(missing_ok=True)
+                ledger.remove(SUCCESS_FILE)
             ledger.remove_leftovers(missing)
             return before, share_out(missing, num_ranks)
 
@@ -103,16 +130,19 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
                 except InputError as error:
                     own[name] = Record(stamps[name], error=str(error))
                 ledger.write(name, own[name])
+            scorer.finish()
         now = {name: record for share in from_all(own) for name, record in share.items()}
-        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items)
+        report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items, index)
 
         def finish() -> None:
             """Write the report, unless a job before this one has ended well."""
             if now or not (output / SUCCESS_FILE).exists():
                 written: dict[str, Any] = {**asdict(report), "config": asdict(config), "model": artifact.manifest["provenance"]}
                 write_json(output / REPORT_FILE, written)
+                ledger.publish(REPORT_FILE)
                 if not report.failed:
                     write_text(output / SUCCESS_FILE, "")
+                    ledger.publish(SUCCESS_FILE)
 
         on_first(finish)
     return report
@@ -120,7 +150,8 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
 
 def _terms(config: ScoreConfig, artifact: Artifact | RankingArtifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ("artifact", "input", "output")}
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_TERMS}
+    settings["index"] = config.index.of_output()
     for key in ("allow", "deny"):
         if settings[key]:
             settings[key] = sha256_of(Path(settings[key]))[:16]
@@ -157,7 +188,8 @@ def _score_fragment(
             return rows, scorer.score(rows)
 
     counts = Counts()
-    with FragmentWriter(output, fragment.file.name, scorer.schema(fragment.user_type)) as files:
+    schema = pa.schema([*scorer.schema(fragment.user_type), *fragment.kept])
+    with FragmentWriter(output, fragment.file.name, schema) as files:
         for rows, table in map_in_order(scored, read_ahead(read()), num_threads):
             with timed(seconds, "write"):
                 files.write_scores(table)
@@ -178,7 +210,9 @@ def _score_fragment(
     return Record(fragment.file.stamp, files=files.sizes(), counts=counts, timing=seconds)
 
 
-def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int) -> ScoreReport:
+def _report(
+    before: dict[str, Record], now: dict[str, Record], elapsed: float, unknown_listed: int, index: IndexReport | None
+) -> ScoreReport:
     """Sum up all fragments: those of earlier calls, and those that took ``elapsed`` seconds now."""
     failed = {name: record.error for name, record in now.items() if record.error}
     records = {name: record for name, record in (before | now).items() if not record.error}
@@ -193,5 +227,10 @@ def _report(before: dict[str, Record], now: dict[str, Record], elapsed: float, u
         fragments_now=len(records) - len(before),
     )
     return ScoreReport(
-        **asdict(counts), unknown_listed_items=unknown_listed, fragments=len(before | now), failed=failed, timing=timing
+        **asdict(counts),
+        unknown_listed_items=unknown_listed,
+        fragments=len(before | now),
+        failed=failed,
+        timing=timing,
+        index=index,
     )

@@ -22,7 +22,8 @@ from glintru_rec.scoring.report import REPORT_FILE, Counts
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER
 
 JOB_FOLDER = ".job"
-_BESIDE = (REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER)
+BEGUN_FILE = "begun.json"
+BESIDE = (REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER)
 _NUM_NAMED = 3
 
 
@@ -56,6 +57,7 @@ class Ledger:
 
     def __init__(self, output: Path, terms: dict[str, Any], files: list[InputFile]):
         self._output = output
+        self._place = str(output)
         self._folder = output / JOB_FOLDER
         self._terms = terms
         self._files = files
@@ -64,20 +66,19 @@ class Ledger:
         """Raise an `InputError` unless the output is free, or was begun by the very same job and holds nothing else."""
         begun = self._begun()
         if begun is None:
-            if not self._folder.is_dir() or len(list(self._output.iterdir())) > 1:  # else killed before it began
-                check_free("output", self._output)
+            self._check_free()
             return
         differing = [*_differences(begun["terms"], self._terms), *self._changed_files(begun["input"])]
         if differing:
             more = f" and {len(differing) - _NUM_NAMED} more" if len(differing) > _NUM_NAMED else ""
             raise InputError(
-                f"output {str(self._output)!r} was begun by another job: {'; '.join(differing[:_NUM_NAMED])}{more}. "
+                f"output {self._place!r} was begun by another job: {'; '.join(differing[:_NUM_NAMED])}{more}. "
                 f"Run that one again, or name another output"
             )
-        own = {*(file.name for file in self._files), *_BESIDE, REPORT_FILE, "config.yaml"}
-        others = [path.name for path in sorted(self._output.iterdir()) if path.name[0] not in "._" and path.name not in own]
+        own = {*(file.name for file in self._files), *BESIDE, REPORT_FILE, "config.yaml"}
+        others = [name for name in sorted(self._names()) if name[0] not in "._" and name not in own]
         if others:
-            raise InputError(f"output {str(self._output)!r} holds {others[0]!r}, which is not of this job; move it elsewhere")
+            raise InputError(f"output {self._place!r} holds {others[0]!r}, which is not of this job; move it elsewhere")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Ledger:
             self.check()
             if self._begun() is None:
                 stamps = {file.name: file.stamp for file in self._files}
-                write_json(self._folder / "begun.json", {"terms": self._terms, "input": stamps})
+                write_json(self._folder / BEGUN_FILE, {"terms": self._terms, "input": stamps})
             yield
 
     def done(self) -> dict[str, Record]:
@@ -115,15 +116,31 @@ class Ledger:
 
     def remove_leftovers(self, names: Collection[str]) -> None:
         """Remove what killed jobs left: unpublished files, and files of fragments that have no record yet."""
-        folders = [self._output, *(self._output / folder for folder in _BESIDE)]
+        folders = [self._output, *(self._output / folder for folder in BESIDE)]
         for folder in [*folders, self._folder]:
             remove_asides(folder)
         for name in names:
             for folder in folders:
                 (folder / name).unlink(missing_ok=True)
 
+    def remove(self, name: str) -> None:
+        """Remove a file of the output, if it is there."""
+        (self._output / name).unlink(missing_ok=True)
+
+    def publish(self, name: str) -> None:
+        """Say that a file of the output, besides those of records, has been written whole."""
+
+    def _check_free(self) -> None:
+        """Raise an `InputError` unless nothing has been written."""
+        if not self._folder.is_dir() or len(self._names()) > 1:  # else killed before it began
+            check_free("output", self._output)
+
+    def _names(self) -> list[str]:
+        """Give the names of what lies in the output."""
+        return [path.name for path in self._output.iterdir()] if self._output.is_dir() else []
+
     def _begun(self) -> dict[str, Any] | None:
-        path = self._folder / "begun.json"
+        path = self._folder / BEGUN_FILE
         try:
             return json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):

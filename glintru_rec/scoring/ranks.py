@@ -1,7 +1,7 @@
 """The ranks of a scoring job: who scores which files, and what they tell each other.
 
-A file is scored by one rank, by itself: nothing is exchanged while rows are scored, so the output is that of one process and
-ranks wait for each other only at the end.
+A file is scored by one rank, by itself: nothing is exchanged while rows are scored (but for ``catalog=split``, see `split`),
+so the output is that of one process and ranks wait for each other only at the end.
 """
 
 from collections.abc import Callable

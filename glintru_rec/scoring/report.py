@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from glintru_rec.scoring.index import IndexReport
+
 REPORT_FILE = "report.json"
 SUCCESS_FILE = "_SUCCESS"
 STAGES = ("read", "score", "write")
@@ -70,9 +72,11 @@ class ScoreReport(Counts):
         fragments: files of the input.
         failed: those that could not be read, each with why; their rows are in no other figure.
         timing: see `Timing`.
+        index: what an approximate search is worth; None where the search is exact.
     """
 
     unknown_listed_items: int
     fragments: int
     failed: dict[str, str]
     timing: Timing
+    index: IndexReport | None

@@ -49,11 +49,18 @@ class Columns(NamedTuple):
     """None where no row has items to leave out."""
     side: tuple[str, ...] = ()
     """Lists of side features, as long as the histories."""
+    kept: tuple[str, ...] = ()
+    """To be written beside the scores, as they are."""
 
     @property
     def lists(self) -> list[str]:
         """The names of those that hold lists of items."""
         return [name for name in (self.history, self.candidates, self.denied) if name is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, each once."""
+        return list(dict.fromkeys([self.user, *self.lists, *self.side, *self.kept]))
 
 
 class Limits(NamedTuple):
@@ -89,6 +96,7 @@ class Rows:
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
         set_aside: the other rows: user_id, reason, fragment, row.
+        kept: the columns to keep, ``[B]``.
     """
 
     num_read: int
@@ -100,6 +108,7 @@ class Rows:
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
+    kept: list[pa.Array]
 
     @property
     def num_fallback(self) -> int:
@@ -168,6 +177,7 @@ def decode(
             first_row,
         ),
         set_aside=set_aside(users, reason, fragment, first_row),
+        kept=[plain(batch.column(name)).filter(pa.array(keep)) for name in columns.kept],
     )
 
 

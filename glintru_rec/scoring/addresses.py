@@ -1,0 +1,149 @@
+"""Files that lie elsewhere: whatever fsspec has a file system for (``s3://bucket/folder``, ``gs://``, ``https://``, ``memory://``)."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
+from typing import Any, BinaryIO
+
+import fsspec
+
+from glintru_rec.errors import InputError
+
+_LOCAL = "file://"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of an fsspec file system.
+
+    Attributes:
+        system: an fsspec file system.
+        key: the path of the file there.
+    """
+
+    system: Any
+    key: str
+
+    def __str__(self) -> str:
+        return self.system.unstrip_protocol(self.key)
+
+    def open(self) -> BinaryIO:
+        """Open the file for reading."""
+        return self.system.open(self.key, "rb")
+
+    def look(self) -> tuple[int, int]:
+        """Give the number of bytes, and a number that changes with the file as far as its file system can tell."""
+        self.system.invalidate_cache()
+        num_bytes = self.system.info(self.key)["size"]
+        digest = hashlib.sha256(str(self.system.ukey(self.key)).encode()).digest()
+        return num_bytes, int.from_bytes(digest[:7])
+
+
+class RemoteFolder:
+    """A folder of an fsspec file system.
+
+    Args:
+        location: its address.
+
+    Raises:
+        InputError: there is no such file system.
+    """
+
+    def __init__(self, location: str):
+        try:
+            self._system, self._root = fsspec.core.url_to_fs(location.rstrip("/"))
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{location!r} is no address that fsspec knows: {error}") from error
+        self._location = location
+
+    def __str__(self) -> str:
+        return self._location
+
+    def sizes(self) -> dict[str, int]:
+        """Give the bytes of all files, to the bottom, by their names in the folder; none where there is no folder."""
+        self._system.invalidate_cache()
+        found = self._system.find(self._root, detail=True)
+        return {str(PurePosixPath(key).relative_to(PurePosixPath(self._root))): info["size"] for key, info in found.items()}
+
+    def get(self, name: str, path: Path) -> None:
+        """Fetch a file."""
+        self._system.get_file(f"{self._root}/{name}", str(path))
+
+    def put(self, path: Path, name: str) -> None:
+        """Write a file, or write it anew; it appears whole where the file system has whole files, as object stores do.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            self._system.makedirs(str(PurePosixPath(f"{self._root}/{name}").parent), exist_ok=True)
+            self._system.put_file(str(path), f"{self._root}/{name}")
+        except OSError as error:
+            raise InputError(f"{name!r} cannot be written to {self._location!r}: {error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file that is there."""
+        self._system.rm_file(f"{self._root}/{name}")
+
+
+def is_remote(location: str) -> bool:
+    """Say whether a location is an address, not a path."""
+    return "://" in location
+
+
+def local_path(location: str) -> str:
+    """Give the path that an address of this machine, ``file://``, names; other locations as they are."""
+    return location.removeprefix(_LOCAL)
+
+
+def find_remote(location: str) -> list[RemoteFile]:
+    """Give the files that an address (of a file, a folder or a glob) names, as `glintru_rec.data.formats.find_files` does.
+
+    Raises:
+        InputError: there is none, or no such file system.
+    """
+    try:
+        system, key = fsspec.core.url_to_fs(location)
+        if any(sign in key for sign in "*?["):
+            keys = [match for match in system.glob(key) if system.isfile(match)]
+        elif system.isdir(key):
+            inside = {each: PurePosixPath(each).relative_to(PurePosixPath(key)).parts for each in system.find(key)}
+            keys = [each for each, parts in inside.items() if parts and not any(part[0] in "._" for part in parts)]
+        else:
+            keys = [key] if system.isfile(key) else []
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"input {location!r} cannot be listed: {error}") from error
+    if not keys:
+        raise InputError(f"input {location!r} matches no file; give a file, a folder that holds files, or a glob pattern")
+    return [RemoteFile(system, each) for each in sorted(keys)]
+
+
+@contextmanager
+def fetched(key: str, location: str) -> Iterator[str]:
+    """Lend a local copy of a file or folder; of what is local already, itself.
+
+    Args:
+        key: of the config, for messages.
+        location: a path or an address; empty gives empty.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    if not is_remote(location):
+        yield location
+        return
+    folder = Path(mkdtemp(prefix="glintru_rec-"))
+    try:
+        try:
+            system, path = fsspec.core.url_to_fs(location)
+            copy = folder / PurePosixPath(path).name
+            system.get(path.rstrip("/"), str(copy), recursive=system.isdir(path))
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"{key} {location!r} cannot be fetched: {error}") from error
+        yield str(copy)
+    finally:
+        shutil.rmtree(folder)
