@@ -8,7 +8,7 @@ A score is one dot product, ``query · item vector``, whatever it is made of::
     dot, item_bias    [hidden, 1]         [e, b]                hidden · e + b
 
 Shapes: T items of a ragged batch, B sequences, D width, Q numbers of a query or item vector (D, or D + 1 with a bias), K
-further items, R numbers of a table's row (Q or more).
+further items, R numbers of a table's row (Q or more), F side features of an event.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from glintru_rec.config import check, one_of
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.jagged import last_of_each, lengths_from_offsets, offsets_from_lengths
 from glintru_rec.ops.rows import gather_rows
 
@@ -56,6 +57,8 @@ class SequenceModel(nn.Module):
         encoder: turns embeddings into hidden vectors.
         similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
         item_bias: add each item's bias to its scores; ``dot`` only.
+        side: adds what is known of each event of a history, besides its item; None for nothing. Items to score have no side
+            features: what an event was like is not known before it happens.
 
     Attributes:
         vector_dim: numbers Q of a query or item vector.
@@ -64,11 +67,19 @@ class SequenceModel(nn.Module):
         InputError: no such similarity, or a bias with ``cosine``.
     """
 
-    def __init__(self, table: nn.Module, encoder: Encoder, similarity: str = "dot", item_bias: bool = False):
+    def __init__(
+        self,
+        table: nn.Module,
+        encoder: Encoder,
+        similarity: str = "dot",
+        item_bias: bool = False,
+        side: SideEmbeddings | None = None,
+    ):
         super().__init__()
         check_similarity(similarity, item_bias)
         self.table = table
         self.encoder = encoder
+        self.side = side if side is not None else SideEmbeddings([], encoder.width)
         self.similarity = similarity
         self.item_bias = item_bias
         self.vector_dim = encoder.width + item_bias
@@ -97,7 +108,13 @@ class SequenceModel(nn.Module):
         return (~is_first).nonzero().squeeze(1)
 
     def forward(
-        self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, horizon: int = 1, horizon_decay: float = 0.5
+        self,
+        item_ids: Tensor,
+        offsets: Tensor,
+        negative_ids: Tensor,
+        horizon: int = 1,
+        horizon_decay: float = 0.5,
+        side_ids: Tensor | None = None,
     ) -> TrainingOutput:
         """Encode sequences for training: every item but a sequence's first is the target of the item before it.
 
@@ -111,13 +128,16 @@ class SequenceModel(nn.Module):
             negative_ids: int64 ``[K]``.
             horizon: how many of the following items a position aims at, where its sequence has them.
             horizon_decay: weight of each of them in proportion to the one before.
+            side_ids: of the items' events, int64 ``[T, F]``; None where the model reads none. A target's own are not read
+                before the position that follows it.
         """
         rows, negatives = self.table(item_ids, negative_ids)
         is_last = torch.zeros(item_ids.size(0), dtype=torch.bool, device=item_ids.device)
         is_last[offsets[1:] - 1] = True
         inputs, targets = (~is_last).nonzero().squeeze(1), self.target_places(offsets)
         input_offsets = offsets_from_lengths(lengths_from_offsets(offsets) - 1)
-        hidden = self.encoder(gather_rows(self.embeddings(rows), inputs), input_offsets)
+        x = self.side(gather_rows(self.embeddings(rows), inputs), None if side_ids is None else side_ids[inputs])
+        hidden = self.encoder(x, input_offsets)
         if not self.encoder.causal:
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
         vectors, negatives = self.item_vectors(rows), self.item_vectors(negatives)
@@ -125,20 +145,23 @@ class SequenceModel(nn.Module):
         aim = positive if horizon == 1 else _mean_ahead(vectors, targets, offsets, horizon, horizon_decay)
         return TrainingOutput(self.query_vectors(hidden), positive, aim, item_ids[targets], negatives)
 
-    def encode(self, item_ids: Tensor, offsets: Tensor, more_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, item_ids: Tensor, offsets: Tensor, more_ids: Tensor, side_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode whole histories.
 
         Args:
             item_ids: int64 ``[T]``.
             offsets: int64 ``[B + 1]``.
             more_ids: further items to look up in the same exchange, int64 ``[K]``.
+            side_ids: of the items' events, int64 ``[T, F]``; None where the model reads none.
 
         Returns:
             query ``[B, Q]``, and the vectors of ``more_ids``, ``[K, Q]``. An empty history has the hidden vector 0: every
             item scores 0, or its bias, which is a ranking by learnt popularity.
         """
         rows, more = self.table(item_ids, more_ids)
-        hidden = last_of_each(self.encoder(self.embeddings(rows), offsets), offsets)
+        hidden = last_of_each(self.encoder(self.side(self.embeddings(rows), side_ids), offsets), offsets)
         return self.query_vectors(hidden), self.item_vectors(more)
 
 

@@ -10,6 +10,7 @@ def py(*overrides: str) -> specs.AppDef:
 
     Args:
         overrides: checkpoint=RUN_DIR output=ARTIFACT_DIR format=torchscript|pt2|aoti precision=fp32|fp16|int8 and others
+            (a run of task=ranking: torchscript in fp32, for mode=rank of launch/score.py)
     """
     from glintru_rec.programs.launcher import app
 

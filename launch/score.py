@@ -10,7 +10,7 @@ def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
     where a killed job was. Input files that cannot be read are named, and the others scored (exit status 3 of the program).
 
     Args:
-        overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|items|update [state=DIR for update]
+        overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|items|update|rank [state=DIR for update]
             [top_k=100] [exclude_seen=true] [empty_history=reject|popular]
             [allow=PARQUET] [deny=PARQUET] [deny_column=NAME] [catalog=whole|split] [index=exact|ivf|hnsw]
             [index.min_recall=0.95] [keep_columns=[NAME,...]] and other hydra overrides

@@ -300,7 +300,9 @@ def test_signature_is_that_of_the_module(similarity, tmp_path):
     module = artifact.module
     for method, signature in artifact.manifest["signature"].items():
         schema = getattr(module, method).schema
-        assert [argument.name for argument in schema.arguments[1:]] == [entry["name"] for entry in signature["inputs"]]
+        # Without side features there are none to be given.
+        arguments = [argument.name for argument in schema.arguments[1:] if argument.name != "side_ids"]
+        assert arguments == [entry["name"] for entry in signature["inputs"]]
         sizes = {"T": 3, "B": 1, "C": 2, "n": 3, "k": 4}
         values = {"lengths": 3, "candidate_lengths": 2, "seen_lengths": 3, "k": 4, "exclude_seen": True, "batch_size": 1}
         values["folder"] = str(artifact.path)
@@ -359,9 +361,9 @@ def test_a_module_that_differs_from_the_model_is_not_exported(broken, tmp_path, 
     else:
 
         class Broken(RecurrentScoringModule):
-            def __init__(self, encoder, item_vectors, similarity, max_seq_len, precision):
+            def __init__(self, encoder, item_vectors, similarity, max_seq_len, precision, side):
                 wrong_length = max_seq_len - 1 if broken == "encode" else max_seq_len
-                super().__init__(encoder, item_vectors, similarity, wrong_length, precision=precision)
+                super().__init__(encoder, item_vectors, similarity, wrong_length, precision=precision, side=side)
                 if broken == "top_k":
                     self.score_scales = torch.full((NUM_ITEMS,), 1.001)
                 if broken == "advance":

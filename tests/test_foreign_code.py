@@ -65,10 +65,10 @@ def test_the_recipe_needs_torch_alone(run_dir, tmp_path):
     assert result.stdout.strip() == "done", result.stderr[-2000:]
 
 
-def test_the_encoder_in_a_torchrec_model_on_two_ranks():
-    """Under one DistributedModelParallel, with an item table spread by rows: see tests/foreign_torchrec.py."""
+def test_a_runs_encoder_in_a_torchrec_model_on_two_ranks(run_dir):
+    """Under one DistributedModelParallel, from a run's weights, at a rate of its own: see tests/foreign_torchrec.py."""
     script = Path(__file__).with_name("foreign_torchrec.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(run_dir)]
     env = environment() | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]

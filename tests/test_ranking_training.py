@@ -146,7 +146,7 @@ def test_bad_config_is_one_clear_message(ranking_data, tmp_path, capsys, overrid
         return
     with pytest.raises(InputError, match=message):
         build_ranking_model(
-            compose("train_ranking", RankingConfig, arguments), RankingDataset.open(ranking_data), torch.device("cpu")
+            compose("train_ranking", RankingConfig, arguments), RankingDataset.open(ranking_data).manifest, torch.device("cpu")
         )
 
 

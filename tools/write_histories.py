@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 
 
@@ -14,11 +15,12 @@ def main() -> int:
     """Read the command line, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset made by launch/prepare.py")
-    parser.add_argument("output", help="parquet file to write: user_id, history, target")
+    parser.add_argument("output", help="parquet file to write: user_id, history, target and side features")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     arguments = parser.parse_args()
     try:
-        SequenceDataset.open(arguments.dataset).write_histories(arguments.output, arguments.split)
+        side_features = SideVocabulary.load(arguments.dataset).names
+        SequenceDataset.open(arguments.dataset, side_features).write_histories(arguments.output, arguments.split)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

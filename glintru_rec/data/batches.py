@@ -23,6 +23,8 @@ class Batch(NamedTuple):
     """int64 ``[T]``."""
     offsets: Tensor
     """int64 ``[B + 1]``."""
+    side_ids: Tensor | None = None
+    """Side features of the items' events, int64 ``[T, F]``; None where none are read."""
 
 
 class Place(NamedTuple):
@@ -78,6 +80,7 @@ class TrainingBatches:
         reversed_epochs: ... in this many epochs at the start. Items that occur together teach in both directions; the
             epochs after these teach the true order.
         stream: tells the randomness of these sequences from that of others with the same seed and epoch.
+        side_ids: side features of the items' events, integers ``[E, F]``; None where none are read.
 
     Attributes:
         place: where the epoch stands once the batch that was given last is trained on.
@@ -97,6 +100,7 @@ class TrainingBatches:
         reversed_share: float = 0.0,
         reversed_epochs: int = 0,
         stream: tuple[int, ...] = (),
+        side_ids: np.ndarray | None = None,
     ):
         check("trainer.batch_targets", batch_targets, batch_targets >= 1, "at least 1")
         if batch_targets < max_seq_len and every_position:
@@ -105,6 +109,7 @@ class TrainingBatches:
                 "a window of one user would not fit into a batch"
             )
         self.items, self.offsets = items, offsets
+        self.side_ids = side_ids
         self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
         self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
         self.reversed_share, self.reversed_epochs = reversed_share, reversed_epochs
@@ -224,4 +229,6 @@ class TrainingBatches:
         np.cumsum(lengths, out=offsets[1:])
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         place = np.where(np.repeat(backwards, lengths), np.repeat(lengths, lengths) - 1 - place, place)
-        return Batch(torch.from_numpy(self.items[np.repeat(starts, lengths) + place]), torch.from_numpy(offsets))
+        rows = np.repeat(starts, lengths) + place
+        side_ids = None if self.side_ids is None else torch.from_numpy(self.side_ids[rows].astype(np.int64))
+        return Batch(torch.from_numpy(self.items[rows]), torch.from_numpy(offsets), side_ids)

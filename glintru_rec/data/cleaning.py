@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import duckdb
 
 from glintru_rec.data.formats import Format, LogColumns, LogFile
+from glintru_rec.data.side_features import CATEGORICAL
 from glintru_rec.errors import InputError
 
 # No leading zeros: '007' and '7' may be two products, so a column with such ids is text.
@@ -55,7 +56,7 @@ class Cleaned:
 
 
 def stage(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], names: LogColumns) -> tuple[RawColumn, RawColumn, RawColumn]:
-    """Read the files into the table ``log``, in the log's order, every value still as it was written.
+    """Read the files into the table ``log``, in the log's order, every value still as it was written; side columns as text.
 
     Returns:
         How the user, item and time columns are staged.
@@ -68,16 +69,22 @@ def stage(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], names: LogCol
     # The first row of a description is the row number's.
     columns = [
         _common_column(name, role < 3, [(file, str(description[role][1])) for file, description in zip(files, described)])
-        for role, name in enumerate(names, start=1)
+        for role, name in enumerate((names.user, names.item, names.time), start=1)
     ]
+    for place, name in enumerate(names.side):
+        for file, description in zip(files, described):
+            _check_side(name, file, str(description[4 + place][1]))
+    side = [f"side_{place}" for place in range(len(names.side))]
     user, item, time = (column.sql_type for column in columns)
     db.execute("CREATE TABLE file (path VARCHAR, first BIGINT, num_rows BIGINT)")
-    db.execute(f"CREATE TABLE log (position BIGINT, user_raw {user}, item_raw {item}, time_raw {time})")
+    more = "".join(f", {column} VARCHAR" for column in side)
+    db.execute(f"CREATE TABLE log (position BIGINT, user_raw {user}, item_raw {item}, time_raw {time}{more})")
     # A zoned or nanosecond timestamp becomes microseconds since 1970 in UTC.
     time_raw = "epoch_us(time_raw)" if columns[2].kind == "timestamp" else "time_raw"
     first = 0
     for file, (query, parameters) in zip(files, queries):
-        insert = f"INSERT INTO log SELECT {first} + row - 1, user_raw, item_raw, {time_raw} FROM ({query})"
+        values = ", ".join([f"{first} + row - 1, user_raw, item_raw, {time_raw}", *side])
+        insert = f"INSERT INTO log SELECT {values} FROM ({query})"
         num_rows = _read(db, file, insert, parameters)[0][0]
         db.execute("INSERT INTO file VALUES (?, ?, ?)", [str(file.path), first, num_rows])
         first += num_rows
@@ -170,6 +177,12 @@ def _common_column(name: str, is_id: bool, types: Sequence[tuple[LogFile, str]])
         seen = ", ".join(f"{kind} in {str(file.path)!r}" for kind, file in kinds.items())
         raise InputError(f"column {name!r} changes its type between files: {seen}; write them with one type")
     return next((column for column in found if column.sql_type == "HUGEINT"), next(iter(found)))
+
+
+def _check_side(name: str, file: LogFile, sql_type: str) -> None:
+    column = _raw_column(sql_type)
+    if sql_type != "BOOLEAN" and (column is None or column.kind not in ("integer", "text")):
+        raise InputError(f"side column {name!r} of {str(file.path)!r} has type {sql_type}; {CATEGORICAL}")
 
 
 def _raw_column(sql_type: str) -> RawColumn | None:

@@ -4,17 +4,19 @@
 
     manifest.json                    counts, filters, what was set aside, vocabulary fingerprint, the list of parts
     vocabulary/items.parquet         item_id, index, count
-    sequences/part-00000.parquet     user_id, items: list<int64>, timestamps: list<int64>; users as they first appear in the log
+    vocabulary/side_features.json    the values of side features, where there are any (see `side_features`)
+    sequences/part-00000.parquet     user_id, items: list<int64>, timestamps: list<int64>, and side:NAME: list<int16> for each
+                                     side feature; users as they first appear in the log
     set_aside.parquet                every row of the log that could not be used, with its reason
 
 Leave-one-out, for a user with events ``a b c d e``: train ``a b c``, validation target ``d``, test target ``e``. A user with
 fewer than three events is for training only.
 
-Shapes: E events, U users, V items of the catalog, C evaluation cases.
+Shapes: E events, U users, V items of the catalog, C evaluation cases, F side features.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.files import aside_of, publish
@@ -33,6 +36,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 VOCABULARY_FILE = "vocabulary/items.parquet"
 SET_ASIDE_FILE = "set_aside.parquet"
+SIDE_TYPE = pa.int16()
 MIN_EVENTS_TO_SPLIT = 3
 _HISTORIES_PER_WRITE = 1 << 16
 
@@ -46,12 +50,14 @@ class EvalCases:
         history_offsets: where each starts, int64 ``[C + 1]``, from 0 to T. No history is empty.
         targets: the items that followed, int64 ``[C]``.
         user_index: the place of each case's user in the dataset, int64 ``[C]``, ascending.
+        history_side: side features of the histories' events, int16 ``[T, F]``; None where none were read.
     """
 
     history_items: np.ndarray
     history_offsets: np.ndarray
     targets: np.ndarray
     user_index: np.ndarray
+    history_side: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,8 @@ class SequenceDataset:
         user_ids: original user ids ``[U]``, int64 or string.
         items: vocabulary indices of all users, one after the other, in time order, int64 ``[E]``, all in ``[0, V)``.
         offsets: where each user starts in ``items``, int64 ``[U + 1]``, from 0 to E.
+        side: the side features that were read, F of them.
+        side_ids: their values' indices, beside ``items``, int16 ``[E, F]``; None where none were read.
     """
 
     manifest: dict[str, Any]
@@ -71,25 +79,41 @@ class SequenceDataset:
     user_ids: pa.Array
     items: np.ndarray
     offsets: np.ndarray
+    side: SideVocabulary = NO_SIDE
+    side_ids: np.ndarray | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> "SequenceDataset":
+    def open(cls, path: str | Path, side_features: Sequence[str] = ()) -> "SequenceDataset":
         """Read a dataset and check that it is whole.
 
+        Args:
+            path: its folder.
+            side_features: which to read besides the items.
+
         Raises:
-            InputError: a file is missing or corrupt, or the files do not belong together.
+            InputError: a file is missing or corrupt, or the files do not belong together, or there is no such side feature.
         """
         path = Path(path)
         manifest = read_manifest(path)
-        vocabulary = read_vocabulary(path, manifest)
-        parts = [_read_part(path / part["file"], part, vocabulary.num_items) for part in manifest["parts"]]
-        return cls.join(manifest, vocabulary, parts)
+        vocabulary, side = read_vocabulary(path, manifest), SideVocabulary.load(path).choose(side_features)
+        parts = [_read_part(path / part["file"], part, vocabulary.num_items, side) for part in manifest["parts"]]
+        return cls.join(manifest, vocabulary, parts, side)
 
     @classmethod
-    def join(cls, manifest: dict[str, Any], vocabulary: Vocabulary, parts: "list[Sequences]") -> "SequenceDataset":
+    def join(
+        cls, manifest: dict[str, Any], vocabulary: Vocabulary, parts: "list[Sequences]", side: SideVocabulary = NO_SIDE
+    ) -> "SequenceDataset":
         """Make a dataset of some sequences, one part after the other."""
-        user_ids, lengths, items = zip(*parts)
-        return cls(manifest, vocabulary, pa.concat_arrays(user_ids), np.concatenate(items), _offsets(np.concatenate(lengths)))
+        user_ids, lengths, items, side_ids = zip(*parts)
+        return cls(
+            manifest,
+            vocabulary,
+            pa.concat_arrays(user_ids),
+            np.concatenate(items),
+            _offsets(np.concatenate(lengths)),
+            side,
+            np.concatenate(side_ids) if side.names else None,
+        )
 
     @property
     def num_items(self) -> int:
@@ -112,8 +136,12 @@ class SequenceDataset:
         Returns:
             Items, int64 ``[T]``, and offsets, int64 ``[U + 1]``. No sequence is empty.
         """
-        lengths = np.diff(self.offsets)
-        return self._first(np.where(lengths >= MIN_EVENTS_TO_SPLIT, lengths - 2, lengths))
+        lengths = self._train_lengths()
+        return self.items[self._is_first(lengths)], _offsets(lengths)
+
+    def train_side_ids(self) -> np.ndarray | None:
+        """Give the side features of the events of `train_sequences`: int16 ``[T, F]``; None where none were read."""
+        return None if self.side_ids is None else self.side_ids[self._is_first(self._train_lengths())]
 
     def train_counts(self) -> np.ndarray:
         """Count the training events of every item: int64 ``[V]``."""
@@ -131,12 +159,14 @@ class SequenceDataset:
         held_out = 2 if split == "valid" else 1
         lengths = np.diff(self.offsets)
         user_index = np.flatnonzero(lengths >= MIN_EVENTS_TO_SPLIT)
-        items, offsets = self._first(np.where(lengths >= MIN_EVENTS_TO_SPLIT, lengths - held_out, 0))
+        kept = np.where(lengths >= MIN_EVENTS_TO_SPLIT, lengths - held_out, 0)
+        in_history, offsets = self._is_first(kept), _offsets(kept)
         return EvalCases(
-            history_items=items,
-            history_offsets=np.append(offsets[user_index], len(items)),
+            history_items=self.items[in_history],
+            history_offsets=np.append(offsets[user_index], offsets[-1]),
             targets=self.items[self.offsets[user_index + 1] - held_out],
             user_index=user_index,
+            history_side=None if self.side_ids is None else self.side_ids[in_history],
         )
 
     def case_blocks(self, split: str) -> Iterator[EvalCases]:
@@ -150,11 +180,13 @@ class SequenceDataset:
     def write_histories(self, path: str | Path, split: str) -> None:
         """Write the cases of a split with original ids, as a scoring job reads them.
 
-        Parquet columns: ``user_id``, ``history`` (list of item ids in time order) and ``target``. The file appears whole.
+        Parquet columns: ``user_id``, ``history`` (list of item ids in time order), ``target``, and under the name of each side
+        feature that was read the list of its values. The file appears whole.
         """
         cases = self.eval_cases(split)
         id_type = self.vocabulary.item_ids.type
         columns = [("user_id", self.user_ids.type), ("history", pa.list_(id_type)), ("target", id_type)]
+        columns += [(name, pa.list_(pa.string())) for name in self.side.names]
         aside = aside_of(Path(path))
         try:
             with pq.ParquetWriter(aside, pa.schema(columns), compression="zstd") as writer:
@@ -167,18 +199,29 @@ class SequenceDataset:
 
     def _history_batch(self, cases: EvalCases, start: int, stop: int, schema: pa.Schema) -> pa.RecordBatch:
         offsets = cases.history_offsets[start : stop + 1]
-        history = self.vocabulary.decode(cases.history_items[offsets[0] : offsets[-1]])
+        events, lists = slice(offsets[0], offsets[-1]), pa.array(offsets - offsets[0], pa.int32())
         columns = [
             self.user_ids.take(pa.array(cases.user_index[start:stop])),
-            pa.ListArray.from_arrays(pa.array(offsets - offsets[0], pa.int32()), history),
+            pa.ListArray.from_arrays(lists, self.vocabulary.decode(cases.history_items[events])),
             self.vocabulary.decode(cases.targets[start:stop]),
         ]
+        if cases.history_side is not None:
+            values = zip(self.side.names, cases.history_side[events].T)
+            columns += [pa.ListArray.from_arrays(lists, self.side.decode(name, indices)) for name, indices in values]
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
-    def _first(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cut every sequence to its first ``lengths[u]`` items."""
-        stops = np.repeat(self.offsets[:-1] + lengths, np.diff(self.offsets))
-        return self.items[np.arange(len(self.items)) < stops], _offsets(lengths)
+    def _train_lengths(self) -> np.ndarray:
+        lengths = np.diff(self.offsets)
+        return np.where(lengths >= MIN_EVENTS_TO_SPLIT, lengths - 2, lengths)
+
+    def _is_first(self, lengths: np.ndarray) -> np.ndarray:
+        """Say which events are among the first ``lengths[u]`` of their user: bool ``[E]``."""
+        return np.arange(len(self.items)) < np.repeat(self.offsets[:-1] + lengths, np.diff(self.offsets))
+
+
+def side_column(name: str) -> str:
+    """Name the column of a side feature in the files of sequences."""
+    return f"side:{name}"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -231,11 +274,18 @@ class Sequences(NamedTuple):
     """Number of events of each, int64 ``[U]``."""
     items: np.ndarray
     """Vocabulary indices of all, int64 ``[E]``."""
+    side_ids: np.ndarray
+    """Side features of all, int16 ``[E, F]``."""
 
 
-def _read_part(file: Path, part: dict[str, Any], num_items: int) -> Sequences:
+def columns_of(side: SideVocabulary) -> list[str]:
+    """Name the columns of a part that are read."""
+    return ["user_id", "items", *map(side_column, side.names)]
+
+
+def _read_part(file: Path, part: dict[str, Any], num_items: int, side: SideVocabulary) -> Sequences:
     with reading_part(file):
-        sequences = check_sequences(pq.read_table(file, columns=["user_id", "items"]), file, num_items)
+        sequences = check_sequences(pq.read_table(file, columns=columns_of(side)), file, num_items, side)
     check_part(file, part, len(sequences.user_ids), len(sequences.items))
     return sequences
 
@@ -260,8 +310,10 @@ def check_part(file: Path, part: dict[str, Any], num_users: int, num_events: int
         )
 
 
-def check_sequences(table: pa.Table, file: Path, num_items: int, first_row: int = 0) -> Sequences:
-    """Take the columns ``user_id`` and ``items`` of a part apart, or of its rows from ``first_row`` on.
+def check_sequences(
+    table: pa.Table, file: Path, num_items: int, side: SideVocabulary = NO_SIDE, first_row: int = 0
+) -> Sequences:
+    """Take the columns ``user_id``, ``items`` and side features of a part apart, or of its rows from ``first_row`` on.
 
     Raises:
         InputError: a value is null, or no index of the vocabulary.
@@ -279,7 +331,22 @@ def check_sequences(table: pa.Table, file: Path, num_items: int, first_row: int 
             f"{str(file)!r} holds item index {indices[outside[0]]} (user {users[row].as_py()!r}, row {first_row + row + 1}), "
             f"which is not in [0, {num_items}); prepare the dataset again"
         )
-    return Sequences(users, lengths, indices)
+    return Sequences(users, lengths, indices, _side_ids(table, file, side, len(indices)))
+
+
+def _side_ids(table: pa.Table, file: Path, side: SideVocabulary, num_events: int) -> np.ndarray:
+    """Take the side features of a part apart: int16 ``[E, F]``."""
+    ids = np.empty((num_events, len(side.names)), np.int16)
+    for place, (name, size) in enumerate(zip(side.names, side.sizes)):
+        column = table[side_column(name)].combine_chunks().flatten()
+        is_whole = column.type == SIDE_TYPE and not column.null_count and len(column) == num_events
+        if not is_whole or (num_events and not 0 <= pc.min(column).as_py() <= pc.max(column).as_py() < size):
+            raise InputError(
+                f"{str(file)!r} holds no index in [0, {size}) of side feature {name!r} for each event; "
+                f"prepare the dataset again"
+            )
+        ids[:, place] = column.to_numpy()
+    return ids
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -41,14 +41,19 @@ class Format(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LogColumns:
-    """The names of the three columns that an event needs. Logs without a header have them at known places."""
+    """The names of the three columns that an event needs. Logs without a header have them at known places.
+
+    Attributes:
+        side: further columns that tell of each event, as text.
+    """
 
     user: str
     item: str
     time: str
+    side: tuple[str, ...] = ()
 
     def __iter__(self):
-        return iter((self.user, self.item, self.time))
+        return iter((self.user, self.item, self.time, *self.side))
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,17 @@ class LogFile:
         """Give the DuckDB query that reads the file, with its parameters.
 
         Returns:
-            A query with columns ``row`` (from 1, the header not counted), ``user_raw``, ``item_raw`` and ``time_raw``.
-            Text formats give text; parquet gives its own types.
+            A query with columns ``row`` (from 1, the header not counted), ``user_raw``, ``item_raw``, ``time_raw`` and
+            ``side_0`` … for the side columns. Text formats give text; parquet gives its own types.
         """
         # DuckDB takes every path for a pattern.
         parameters: dict[str, object] = {"path": glob.escape(str(self.path))}
         if self.format is Format.PARQUET:
-            user, item, time = (_quoted(name) for name in names)
+            user, item, time, *side = (_quoted(name) for name in names)
             row = "file_row_number + 1"
             source = "read_parquet($path, file_row_number = true, hive_partitioning = false)"
         else:
-            user, item, time = (f"c{self.columns.index(name)}" for name in names)
+            user, item, time, *side = (f"c{self.columns.index(name)}" for name in names)
             # A streaming window reads its input in the file's order, whatever the number of threads.
             row = "row_number() OVER ()"
             columns = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(len(self.columns)))
@@ -92,7 +97,11 @@ class LogFile:
             )
             # The other text formats know no quotes: a '"' in an id is a letter of it.
             parameters |= {"delimiter": self.delimiter, "quote": '"' if self.format is Format.CSV else ""}
-        return f"SELECT {row} AS row, {user} AS user_raw, {item} AS item_raw, {time} AS time_raw FROM {source}", parameters
+        more = "".join(f", {column} AS side_{place}" for place, column in enumerate(side))
+        return (
+            f"SELECT {row} AS row, {user} AS user_raw, {item} AS item_raw, {time} AS time_raw{more} FROM {source}",
+            parameters,
+        )
 
 
 def open_log(location: str, names: LogColumns) -> list[LogFile]:
@@ -152,7 +161,7 @@ def recognise(path: Path, names: LogColumns) -> LogFile:
         if name not in log.columns:
             raise InputError(
                 f"{str(path)!r} ({log.format}) has no column {name!r}; it has {', '.join(map(repr, log.columns))}. "
-                f"Name the right ones with user_column, item_column and time_column"
+                f"Name the right ones with user_column, item_column, time_column and side_columns"
             )
         if len(same) > 1:  # SQL names know no case, so either could be read for the other
             several = ", ".join(map(repr, same))

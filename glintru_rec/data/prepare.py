@@ -12,7 +12,7 @@ aside, each of the latter with its reason.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from glintru_rec.data.cleaning import clean, drop_rare, stage
 from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION
 from glintru_rec.data.formats import LogColumns, LogFile, open_log
 from glintru_rec.data.scratch import scratch_database
-from glintru_rec.data.writing import fetch_one, statistics, write_sequences, write_set_aside, write_vocabulary
+from glintru_rec.data.writing import (
+    fetch_one,
+    statistics,
+    write_sequences,
+    write_set_aside,
+    write_side_vocabulary,
+    write_vocabulary,
+)
 from glintru_rec.errors import InputError
 from glintru_rec.files import check_free, folder_aside
 
@@ -39,6 +46,10 @@ class PrepareConfig:
         user_column: the column of user ids, int64 or string.
         item_column: the column of item ids, int64 or string.
         time_column: the column of times.
+        side_columns: columns that tell more of each event, such as its action type, a rating or a bucket of the time since the
+            last one: whole numbers, booleans or strings, of at most 10,000 values each. A model reads those that
+            ``model.side_features`` of the program train names. Null is an unknown value. Events of one user, item and time are
+            one event, the first, whatever these columns say.
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
@@ -52,6 +63,7 @@ class PrepareConfig:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
+    side_columns: list[str] = field(default_factory=list)
     threads: int = 0
     memory_limit: str = ""
     task: str = "retrieval"
@@ -67,6 +79,9 @@ class PrepareConfig:
         columns = (self.user_column, self.item_column, self.time_column)
         if len({name.lower() for name in columns}) < 3:
             raise InputError(f"user_column, item_column and time_column are {columns}; they must be three different columns")
+        side = [name.lower() for name in self.side_columns]
+        if not all(side) or len({*side, *(name.lower() for name in columns)}) < len(side) + 3:
+            raise InputError(f"side_columns are {self.side_columns}; they must differ from each other and from {columns}")
         if not re.fullmatch(r"(\d+(\.\d+)? ?[KMGT]i?B)?", self.memory_limit):
             raise InputError(f"memory_limit is {self.memory_limit!r}; it must be like '8GB', or empty")
 
@@ -113,7 +128,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     """
     output = Path(config.output)
     check_free("output", output)
-    names = LogColumns(config.user_column, config.item_column, config.time_column)
+    names = LogColumns(config.user_column, config.item_column, config.time_column, tuple(config.side_columns))
     files = open_log(config.input, names)
     progress(f"reading {len(files)} file(s), {files[0].format}")
     with folder_aside(output) as folder:
@@ -148,7 +163,8 @@ def _write_dataset(
         )
     progress(f"kept {num_events:,} events")
     vocabulary = write_vocabulary(db, folder, cleaned)
-    parts = write_sequences(db, folder, cleaned)
+    side = write_side_vocabulary(db, folder, names.side)
+    parts = write_sequences(db, folder, cleaned, side)
     write_set_aside(db, folder)
     progress(f"wrote {len(parts)} part(s)")
     return {
@@ -162,6 +178,7 @@ def _write_dataset(
         "time_unit": cleaned.time_unit,
         "tie_policy": "log_order",
         "vocabulary_sha256": vocabulary.sha256,
+        **({"side_features": dict(zip(side.names, side.sizes))} if side.names else {}),
         "filters": {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events},
         "rows_in": num_rows,
         "set_aside": set_aside,
@@ -169,7 +186,7 @@ def _write_dataset(
         "parts": parts,
         "source": {
             "format": files[0].format,
-            "columns": asdict(names),
+            "columns": {name: value for name, value in asdict(names).items() if value},
             "files": [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files],
         },
     }

@@ -199,14 +199,17 @@ class RowGroupBatches:
     def _batch(self, chunk: Chunk | None) -> Batch:
         """Make the next batch of the chunk in memory, or an empty one."""
         if chunk is None:
-            return Batch(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            num_side = len(self.dataset.side.names)
+            side_ids = torch.zeros(0, num_side, dtype=torch.int64) if num_side else None
+            return Batch(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), side_ids)
         assert self.open_chunk is not None
         assert self.open_chunk.batches is not None
         return self.open_chunk.batches.batch(self.open_chunk.epoch, chunk.done)
 
     def _pack(self, groups: Sequence[int], number: int = 0) -> TrainingBatches | None:
         """Read row groups, and make batches of their training sequences by the randomness of chunk ``number``."""
-        items, offsets = self.dataset.read(groups).train_sequences()
+        dataset = self.dataset.read(groups)
+        items, offsets = dataset.train_sequences()
         if not (np.diff(offsets) > 1).any():
             return None
         return TrainingBatches(
@@ -219,4 +222,5 @@ class RowGroupBatches:
             reversed_share=self.reversed_share,
             reversed_epochs=self.reversed_epochs,
             stream=(1 + number,),  # 0 would be the row groups' own
+            side_ids=dataset.train_side_ids(),
         )

@@ -15,10 +15,12 @@ from glintru_rec.data.dataset import (
     Sequences,
     check_part,
     check_sequences,
+    columns_of,
     read_manifest,
     read_vocabulary,
     reading_part,
 )
+from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 
@@ -44,15 +46,17 @@ class RowGroupDataset:
         vocabulary: original item id ↔ index.
         row_groups: of all parts, in order, as their footers tell.
         row_groups_held: how many are read at a time.
+        side: the side features that are read.
     """
 
     manifest: dict[str, Any]
     vocabulary: Vocabulary
     row_groups: Sequence[RowGroup]
     row_groups_held: int
+    side: SideVocabulary = NO_SIDE
 
     @classmethod
-    def open(cls, path: str | Path, row_groups_held: int) -> "RowGroupDataset":
+    def open(cls, path: str | Path, row_groups_held: int, side_features: Sequence[str] = ()) -> "RowGroupDataset":
         """Read all but the sequences; these are checked as they are read.
 
         Raises:
@@ -64,7 +68,7 @@ class RowGroupDataset:
             raise InputError(f"{str(path)!r} does not say how many users are too short to split; prepare the dataset again")
         vocabulary = read_vocabulary(path, manifest)
         row_groups = [group for part in manifest["parts"] for group in _row_groups(path / part["file"], part)]
-        return cls(manifest, vocabulary, row_groups, row_groups_held)
+        return cls(manifest, vocabulary, row_groups, row_groups_held, SideVocabulary.load(path).choose(side_features))
 
     @property
     def num_items(self) -> int:
@@ -93,7 +97,7 @@ class RowGroupDataset:
             InputError: a file is gone or corrupt, or holds what the vocabulary does not have.
         """
         parts = [self._read(self.row_groups[number]) for number in numbers]
-        return SequenceDataset.join(self.manifest, self.vocabulary, parts)
+        return SequenceDataset.join(self.manifest, self.vocabulary, parts, self.side)
 
     def train_counts(self, numbers: Sequence[int] | None = None) -> np.ndarray:
         """Count the training events of every item, in all row groups or some: int64 ``[V]``. Reads them."""
@@ -122,8 +126,8 @@ class RowGroupDataset:
 
     def _read(self, group: RowGroup) -> Sequences:
         with reading_part(group.file), pq.ParquetFile(group.file) as file:
-            table = file.read_row_group(group.number, columns=["user_id", "items"])
-            return check_sequences(table, group.file, self.num_items, group.first_row)
+            table = file.read_row_group(group.number, columns=columns_of(self.side))
+            return check_sequences(table, group.file, self.num_items, self.side, group.first_row)
 
 
 def _row_groups(file: Path, part: dict[str, Any]) -> list[RowGroup]:

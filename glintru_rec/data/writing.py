@@ -1,5 +1,6 @@
 """Write the files of a dataset from the tables that cleaning left (see `glintru_rec.data.cleaning`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.data.cleaning import Cleaned
-from glintru_rec.data.dataset import MIN_EVENTS_TO_SPLIT, SET_ASIDE_FILE, VOCABULARY_FILE
+from glintru_rec.data.dataset import MIN_EVENTS_TO_SPLIT, SET_ASIDE_FILE, SIDE_TYPE, VOCABULARY_FILE, side_column
+from glintru_rec.data.side_features import MAX_VALUES, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
+from glintru_rec.errors import InputError
 
 EVENTS_PER_PART = 1 << 20
 _USERS_PER_ROW_GROUP = 1 << 14
@@ -38,7 +41,32 @@ def write_vocabulary(db: duckdb.DuckDBPyConnection, folder: Path, cleaned: Clean
     return vocabulary
 
 
-def write_sequences(db: duckdb.DuckDBPyConnection, folder: Path, cleaned: Cleaned) -> list[dict[str, Any]]:
+def write_side_vocabulary(db: duckdb.DuckDBPyConnection, folder: Path, names: Sequence[str]) -> SideVocabulary:
+    """Number the values of side features by count, most frequent first, then by value; write them.
+
+    Raises:
+        InputError: a feature has too many.
+    """
+    values: dict[str, list[str]] = {}
+    for place, name in enumerate(names):
+        column = f"side_{place}"
+        found = db.execute(f"""
+            SELECT {column} FROM kept JOIN log USING (position) WHERE {column} <> ''
+            GROUP BY {column} ORDER BY count(*) DESC, {column} LIMIT {MAX_VALUES + 1}""").fetchall()
+        if len(found) > MAX_VALUES:
+            raise InputError(
+                f"side column {name!r} has more than {MAX_VALUES:,} values; side features are small: group its values, or "
+                f"leave it out"
+            )
+        values[name] = [value for (value,) in found]
+    vocabulary = SideVocabulary(values)
+    vocabulary.save(folder)
+    return vocabulary
+
+
+def write_sequences(
+    db: duckdb.DuckDBPyConnection, folder: Path, cleaned: Cleaned, side: SideVocabulary
+) -> list[dict[str, Any]]:
     """Write users in the order of their first appearance in the log, a new part after every ``EVENTS_PER_PART`` events."""
     db.execute(f"""
         CREATE TABLE user_part AS
@@ -46,10 +74,15 @@ def write_sequences(db: duckdb.DuckDBPyConnection, folder: Path, cleaned: Cleane
             CAST((sum(count(*)) OVER (ORDER BY user_key) - count(*)) // {EVENTS_PER_PART} AS BIGINT) AS part
         FROM kept GROUP BY user_key""")
     # Sorted once, out of core; each part below then reads only its own stretch of the table.
-    db.execute("""
-        CREATE TABLE sequence AS SELECT part, user_key, time, position, item_index
-        FROM kept JOIN user_part USING (user_key) JOIN item USING (item_key) ORDER BY user_key, time, position""")
-    schema = pa.schema([("user_id", cleaned.user_type), ("items", pa.list_(pa.int64())), ("timestamps", pa.list_(pa.int64()))])
+    side_values = "".join(f", side_{place}" for place in range(len(side.names)))
+    log = "JOIN log USING (position)" if side_values else ""
+    db.execute(f"""
+        CREATE TABLE sequence AS SELECT part, user_key, time, position, item_index{side_values}
+        FROM kept JOIN user_part USING (user_key) JOIN item USING (item_key) {log} ORDER BY user_key, time, position""")
+    schema = pa.schema(
+        [("user_id", cleaned.user_type), ("items", pa.list_(pa.int64())), ("timestamps", pa.list_(pa.int64()))]
+        + [(side_column(name), pa.list_(SIDE_TYPE)) for name in side.names]
+    )
     parts: list[dict[str, Any]] = []
     (folder / "sequences").mkdir()
     for (part,) in db.execute("SELECT DISTINCT part FROM user_part ORDER BY part").fetchall():
@@ -57,9 +90,13 @@ def write_sequences(db: duckdb.DuckDBPyConnection, folder: Path, cleaned: Cleane
             SELECT user_id, num_events FROM user_part JOIN user_name USING (user_key)
             WHERE part = {part} ORDER BY user_key""").to_arrow_table()
         events = db.sql(f"""
-            SELECT item_index, time FROM sequence WHERE part = {part} ORDER BY user_key, time, position""").to_arrow_table()
+            SELECT item_index, time{side_values} FROM sequence WHERE part = {part}
+            ORDER BY user_key, time, position""").to_arrow_table()
         offsets = pa.array(np.concatenate([[0], np.cumsum(users["num_events"].to_numpy())]), pa.int32())
-        lists = [pa.ListArray.from_arrays(offsets, events[name].combine_chunks()) for name in ("item_index", "time")]
+        columns = [events[name].combine_chunks() for name in ("item_index", "time")]
+        for place, name in enumerate(side.names):
+            columns.append(pa.array(side.encode(name, events[f"side_{place}"].combine_chunks()), SIDE_TYPE))
+        lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
         table = pa.table([users["user_id"].cast(cleaned.user_type), *lists], schema=schema)
         file = f"sequences/part-{len(parts):05d}.parquet"
         pq.write_table(table, folder / file, compression="zstd", row_group_size=_USERS_PER_ROW_GROUP)

@@ -36,7 +36,9 @@ def build_encoder(name: str, width: int, options: dict[str, Any], section: str =
         if not _is_a(value, hints[option]):
             kind = getattr(hints[option], "__name__", str(hints[option]))
             raise InputError(f"{section}.options.{option} is {value!r}; {name} takes a value of type {kind}")
-    return ENCODERS[name](width, **options)
+    # A YAML file says 0 for 0.0, which TorchScript tells apart.
+    given = {option: float(value) if hints[option] is float else value for option, value in options.items()}
+    return ENCODERS[name](width, **given)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

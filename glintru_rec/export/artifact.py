@@ -6,6 +6,7 @@
                                for torch.jit.load in Python and torch::jit::load in C++
     item_vectors.npy, …        the item table (see `item_files`), which the module's `open_items` maps into memory
     vocabulary/items.parquet   item_id, index, count: the module's item ids are the indices
+    vocabulary/side_features.json   where the model reads side features: their values (see `SideVocabulary`)
     manifest.json              what it is, measured, where it came from, and the size and sha256 of every other file
 
 Model and items are apart: opening takes no longer for a larger catalog, processes on a machine share the table's pages, and
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from glintru_rec.data.dataset import VOCABULARY_FILE
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.item_files import BIASES_FILE, NORMS_FILE, SCALES_FILE, VECTORS_FILE, item_files
@@ -47,12 +49,14 @@ class Artifact:
         module: has the methods that ``manifest["signature"]`` names, and its items.
         vocabulary: between original item ids and the module's.
         manifest: as `export_artifact` wrote it.
+        side: the side features that the module reads, in the order of the columns of its ``side_ids``.
     """
 
     path: Path
     module: torch.jit.ScriptModule
     vocabulary: Vocabulary
     manifest: dict[str, Any]
+    side: SideVocabulary
 
     @property
     def fingerprint(self) -> str:
@@ -75,13 +79,15 @@ class Artifact:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        if manifest.get("task", "retrieval") != "retrieval":
+            raise InputError(f"artifact {str(path)!r} is of a {manifest['task']} model; score with it in mode=rank")
         if manifest["format"] != "torchscript":
             raise InputError(f"artifact {str(path)!r} has format {manifest['format']!r}; this program runs torchscript")
         verify_files(path, manifest, verify_items)
         vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
         if vocabulary.sha256 != manifest["vocabulary_sha256"] or vocabulary.num_items != manifest["num_items"]:
             raise InputError(f"{VOCABULARY_FILE} of artifact {str(path)!r} is not the vocabulary of its model; export it again")
-        return cls(path, _open_module(path, manifest, device), vocabulary, manifest)
+        return cls(path, _open_module(path, manifest, device), vocabulary, manifest, SideVocabulary.load(path))
 
 
 def verify_files(path: Path, manifest: dict[str, Any], items_too: bool = True) -> None:
@@ -126,7 +132,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     missing = [key for key in _NEEDED if key not in manifest]
     if missing:
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
-    if not isinstance(manifest["files"], dict) or not {VECTORS_FILE, VOCABULARY_FILE} <= set(manifest["files"]):
+    least = {VECTORS_FILE, VOCABULARY_FILE} if manifest.get("task", "retrieval") == "retrieval" else {MODEL_FILE}
+    if not isinstance(manifest["files"], dict) or not least <= set(manifest["files"]):
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
     return manifest
 

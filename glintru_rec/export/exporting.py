@@ -14,8 +14,10 @@ from torch import Tensor
 
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import VOCABULARY_FILE, EvalCases
+from glintru_rec.data.side_features import SIDE_FILE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import ARTIFACT_VERSION, MANIFEST_FILE, MODEL_FILE, load_script
 from glintru_rec.export.item_files import PRECISIONS, VECTORS_FILE, item_files, read_items, write_items
@@ -60,6 +62,8 @@ def export_artifact(
     precision: str = "fp32",
     format: str = "torchscript",
     validation: Validation | None = None,
+    side: SideEmbeddings | None = None,
+    side_vocabulary: SideVocabulary | None = None,
 ) -> dict[str, Any]:
     """Write a model as an artifact that gives the scores the model gives. It appears at ``output`` whole or not at all.
 
@@ -76,6 +80,8 @@ def export_artifact(
         precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The encoder stays in fp32.
         format: ``torchscript``; ``pt2``, of `torch.export`; or ``aoti``, compiled by AOTInductor (see `programs`).
         validation: what the precision is measured on; needed for others than fp32.
+        side: of the model's side features; None for none.
+        side_vocabulary: names and values of these.
 
     Returns:
         The manifest.
@@ -100,20 +106,25 @@ def export_artifact(
     one_of("precision", precision, PRECISIONS)
     check("precision", precision, precision == "fp32" or validation is not None, "fp32 where there is no validation set")
     one_of("format", format, FORMATS)
+    side_vocabulary = side_vocabulary or SideVocabulary()
+    side = side if side is not None else SideEmbeddings([], encoder.width)
+    assert side.sizes == side_vocabulary.sizes
     if format != "torchscript":
-        check_exportable(format, encoder, precision)
+        check_exportable(format, encoder, precision, side_vocabulary.names)
+    side = copy.deepcopy(side).to("cpu", torch.float32).eval().requires_grad_(False)
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
     is_cosine, item_bias = similarity == "cosine", vector_dim > encoder.width
     with folder_aside(output) as folder:
         (folder / VOCABULARY_FILE).parent.mkdir()
         vocabulary.save(folder / VOCABULARY_FILE)
+        side_vocabulary.save(folder)
         write_items(item_vectors, encoder.width, is_cosine, precision, folder)
         tables = item_files(precision, is_cosine, item_bias)
         written: Any
         if format == "torchscript":
-            written, models = _write_script(encoder, similarity, item_vectors[:0], max_seq_len, precision, folder), [MODEL_FILE]
-            methods = signature(vector_dim, encoder.state_size)
+            written = _write_script(encoder, similarity, item_vectors[:0], max_seq_len, precision, side, folder)
+            methods, models = signature(vector_dim, encoder.state_size, len(side.sizes)), [MODEL_FILE]
         else:
             stored = map_array(str(folder / VECTORS_FILE))
             written = write_programs(format, encoder, similarity, stored, max_seq_len, folder)
@@ -121,16 +132,16 @@ def export_artifact(
             models = [program_file(method) for method in methods]
         # The module must agree with the model whose table is the one written; what rounding the table costs is another matter.
         table = item_vectors if precision == "fp32" else read_items(folder)
-        parity = measure_parity(written, encoder, similarity, table, max_seq_len)
+        parity = measure_parity(written, encoder, similarity, table, max_seq_len, side)
         _check_parity(parity)
         measured: dict[str, float] = {}
         if validation is not None:
-            exact = ScoringModule(encoder, item_vectors, similarity, max_seq_len)
+            exact = ScoringModule(encoder, item_vectors, similarity, max_seq_len, side=side)
             measured = measure_precision(written, exact, validation.cases, validation.max_cases)
             _check_loss(precision, measured, validation.max_ndcg_loss)
             measured["table_bytes"] = sum((folder / name).stat().st_size for name in tables)
             measured["table_bytes_fp32"] = item_vectors.numel() * item_vectors.element_size()
-        names = [*models, *tables, VOCABULARY_FILE]
+        names = [*models, *tables, VOCABULARY_FILE, *([SIDE_FILE] if side_vocabulary.names else [])]
         manifest = {
             "artifact_version": ARTIFACT_VERSION,
             "format": format,
@@ -144,6 +155,7 @@ def export_artifact(
             "encoder": encoder_config,
             "encoder_sha256": encoder_sha256(encoder),
             "vocabulary_sha256": vocabulary.sha256,
+            **({"side_features": dict(zip(side_vocabulary.names, side_vocabulary.sizes))} if side_vocabulary.names else {}),
             "provenance": provenance,
             "versions": {
                 "torch": torch.__version__,
@@ -160,10 +172,16 @@ def export_artifact(
 
 
 def _write_script(
-    encoder: Encoder, similarity: str, no_items: Tensor, max_seq_len: int, precision: str, folder: Path
+    encoder: Encoder,
+    similarity: str,
+    no_items: Tensor,
+    max_seq_len: int,
+    precision: str,
+    side: SideEmbeddings,
+    folder: Path,
 ) -> torch.jit.ScriptModule:
     module_class = RecurrentScoringModule if encoder.recurrent else ScoringModule
-    module = module_class(encoder, no_items, similarity, max_seq_len, precision=precision).eval()
+    module = module_class(encoder, no_items, similarity, max_seq_len, precision=precision, side=side).eval()
     torch.jit.save(torch.jit.script(module), str(folder / MODEL_FILE))
     written = load_script(folder / MODEL_FILE)
     written.open_items(str(folder))

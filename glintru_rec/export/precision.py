@@ -43,12 +43,12 @@ def measure_precision(module: Any, exact: ScoringModule, cases: EvalCases, max_c
     sums: dict[str, float] = dict.fromkeys(("error", "spread", "lists", "scores", "ndcg", "exact_ndcg"), 0.0)
     common = dict.fromkeys(_KS, 0.0)
     users = 0
-    for item_ids, lengths, targets in _batches(cases, max_cases):
-        exact_ids, exact_scores = exact.top_k(item_ids, lengths, max(_KS))
-        ids, _ = module.top_k(item_ids, lengths, max(_KS))
+    for item_ids, lengths, targets, side in _batches(cases, max_cases):
+        exact_ids, exact_scores = exact.top_k(item_ids, lengths, max(_KS), True, *side)
+        ids, _ = module.top_k(item_ids, lengths, max(_KS), True, *side)
         found = exact_ids >= 0
         scores = torch.full_like(exact_scores, torch.nan)
-        scores[found] = module.score(item_ids, lengths, exact_ids[found], found.sum(1))
+        scores[found] = module.score(item_ids, lengths, exact_ids[found], found.sum(1), *side)
         sums["error"] += float((scores - exact_scores)[found].double().square().sum())
         sums["scores"] += int(found.sum())
         several = found.sum(1) > 1
@@ -73,15 +73,17 @@ def measure_precision(module: Any, exact: ScoringModule, cases: EvalCases, max_c
     }
 
 
-def _batches(cases: EvalCases, max_cases: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Give item_ids, lengths and targets of some cases at a time."""
+def _batches(cases: EvalCases, max_cases: int) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
+    """Give item_ids, lengths, targets and, where the cases have them, side features of some cases at a time."""
     num_cases = cases.targets.size
     chosen = np.unique(np.linspace(0, num_cases - 1, min(num_cases, max_cases)).astype(np.int64))
     starts, ends = cases.history_offsets[:-1], cases.history_offsets[1:]
     for first in range(0, chosen.size, _BATCH):
         some = chosen[first : first + _BATCH]
-        items = np.concatenate([cases.history_items[starts[case] : ends[case]] for case in some])
-        yield torch.from_numpy(items), torch.from_numpy(ends[some] - starts[some]), torch.from_numpy(cases.targets[some])
+        events = np.concatenate([np.arange(starts[case], ends[case]) for case in some])
+        items, lengths, targets = cases.history_items[events], ends[some] - starts[some], cases.targets[some]
+        side = () if cases.history_side is None else (torch.from_numpy(cases.history_side[events].astype(np.int64)),)
+        yield torch.from_numpy(items), torch.from_numpy(lengths), torch.from_numpy(targets), side
 
 
 def _overlap(exact_ids: Tensor, ids: Tensor) -> Tensor:

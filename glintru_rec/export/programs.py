@@ -10,7 +10,7 @@ Shapes: T items of a ragged batch, B histories, C candidates, E seen items, D wi
 item vector, K places of a list, S numbers of a state, V catalog, n items of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,13 @@ def program_file(method: str) -> str:
     return f"{method}.pt2"
 
 
-def check_exportable(format: str, encoder: Encoder, precision: str) -> None:
+def check_exportable(format: str, encoder: Encoder, precision: str, side_features: Sequence[str] = ()) -> None:
     """Raise an `InputError` for what programs cannot hold."""
+    if side_features:
+        raise InputError(
+            f"format={format} has no place for side features, and the model reads {', '.join(side_features)}; "
+            f"export format=torchscript"
+        )
     if not encoder.recurrent:
         raise InputError(
             f"format={format} cannot hold {type(encoder).__name__} (causal={encoder.causal}): torch.export needs a form whose "

@@ -1,12 +1,13 @@
 """What an artifact of a recurrent encoder runs besides: a user's state, carried on event by event. It needs torch alone.
 
-Shapes: T events of a ragged batch, B users, Q numbers of a query, S numbers of a packed state.
+Shapes: T events of a ragged batch, B users, Q numbers of a query, S numbers of a packed state, F side features.
 """
 
 import torch
 from torch import Tensor
 
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.export.scoring_module import MAX_BLOCK_CELLS, ScoringModule, checked_offsets
 from glintru_rec.ops.time_major import time_major
 
@@ -24,6 +25,7 @@ class RecurrentScoringModule(ScoringModule):
         max_seq_len: see `ScoringModule`.
         max_block_cells: see `ScoringModule`.
         precision: see `ScoringModule`.
+        side: see `ScoringModule`.
     """
 
     first_state: Tensor
@@ -36,8 +38,9 @@ class RecurrentScoringModule(ScoringModule):
         max_seq_len: int,
         max_block_cells: int = MAX_BLOCK_CELLS,
         precision: str = "fp32",
+        side: SideEmbeddings | None = None,
     ):
-        super().__init__(encoder, item_vectors, similarity, max_seq_len, max_block_cells, precision)
+        super().__init__(encoder, item_vectors, similarity, max_seq_len, max_block_cells, precision, side)
         self.register_buffer("first_state", encoder.pack_state(encoder.init_state(1)))
 
     @torch.jit.export
@@ -46,27 +49,31 @@ class RecurrentScoringModule(ScoringModule):
         return self.first_state.repeat(batch_size, 1)
 
     @torch.jit.export
-    def step(self, item_ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, item_ids: Tensor, state: Tensor, side_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take in one event of each user.
 
         Args:
             item_ids: int64 ``[B]``.
             state: float32 ``[B, S]``; left as it is.
+            side_ids: of the events, int64 ``[B, F]``, where the model has side features.
 
         Returns:
             query, float32 ``[B, Q]``, as `encode` gives it, and the state after the event, float32 ``[B, S]``.
         """
-        hidden, after = self.encoder.step(self._embeddings(item_ids), self.encoder.unpack_state(state))
+        hidden, after = self.encoder.step(self._embeddings(item_ids, side_ids), self.encoder.unpack_state(state))
         return self._query(hidden), self.encoder.pack_state(after)
 
     @torch.jit.export
-    def advance(self, item_ids: Tensor, lengths: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, item_ids: Tensor, lengths: Tensor, state: Tensor, side_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take in any number of events of each user, in their order.
 
         Args:
             item_ids: new events, oldest first, user after user, int64 ``[T]``.
             lengths: new events of each user, int64 ``[B]``, T in all.
             state: before them, float32 ``[B, S]``; left as it is.
+            side_ids: of the events, int64 ``[T, F]``, where the model has side features.
 
         Returns:
             query after the last event, float32 ``[B, Q]``, and the state after it, float32 ``[B, S]``. A user without
@@ -80,11 +87,13 @@ class RecurrentScoringModule(ScoringModule):
         # Users with the most events first: those who have a t-th event are the first alive[t] of them.
         order = time_major(checked_offsets(lengths, item_ids), item_ids.size(0))
         events = item_ids.index_select(0, order.rows)
+        event_side = side_ids.index_select(0, order.rows) if side_ids is not None else None
         ranked = state.index_select(0, order.ranking)
         ranked_query = self._query(state.new_zeros([lengths.numel(), self.encoder.width]))
         start = 0
         for alive in order.alive:
-            query, after = self.step(events[start : start + alive], ranked[:alive])
+            side = event_side[start : start + alive] if event_side is not None else None
+            query, after = self.step(events[start : start + alive], ranked[:alive], side)
             ranked_query[:alive] = query
             ranked[:alive] = after
             start += alive

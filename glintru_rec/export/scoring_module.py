@@ -3,7 +3,8 @@
 Everything here is compiled by TorchScript, so the file it is saved to loads where this package is not installed.
 
 Shapes: T items of a ragged batch, B histories, C candidates of a ragged batch, D width of the encoder, Q numbers of a query or
-item vector (D, or D + 1 where items have a bias), W columns of the item table as stored (Q; int8 D), V catalog, n items.
+item vector (D, or D + 1 where items have a bias), W columns of the item table as stored (Q; int8 D), V catalog, n items,
+F side features of an event.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glintru_rec.encoders.base import Encoder
+from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.export.item_files import inverse_norms
 from glintru_rec.export.mapped_array import map_array
 from glintru_rec.jagged import keep_last, last_of_each, offsets_from_lengths, sequence_index
@@ -28,6 +30,9 @@ class ScoringModule(nn.Module):
 
     The item table is no part of the module's file: `open_items` maps it from the files beside.
 
+    Where the model reads side features of events, every method that takes a history takes ``side_ids`` too: a column for each
+    feature, int64 ``[T, F]``, row by row those of ``item_ids``. Otherwise they are left out. Candidates have none.
+
     Args:
         encoder: turns item vectors into hidden vectors.
         item_vectors: the item table as trained, float32 ``[V, D]``, or ``[V, D + 1]`` with each item's bias last (``dot``
@@ -36,6 +41,7 @@ class ScoringModule(nn.Module):
         max_seq_len: the encoder sees each history's last ``max_seq_len`` items.
         max_block_cells: largest number of scores or features that `score` and `top_k_of` compute at once.
         precision: of the files that `open_items` is to map: ``fp32``, ``fp16`` or ``int8``.
+        side: adds side features of events to their items; None for none.
 
     Attributes:
         item_vectors: the table as stored, ``[V, W]``.
@@ -57,9 +63,11 @@ class ScoringModule(nn.Module):
         max_seq_len: int,
         max_block_cells: int = MAX_BLOCK_CELLS,
         precision: str = "fp32",
+        side: SideEmbeddings | None = None,
     ):
         super().__init__()
         self.encoder = encoder
+        self.side = side if side is not None else SideEmbeddings([], encoder.width)
         self.cosine = similarity == "cosine"
         self.is_int8 = precision == "int8"
         self.item_bias = item_vectors.size(1) > encoder.width
@@ -71,9 +79,9 @@ class ScoringModule(nn.Module):
         # One number an item instead of a second, normalised table.
         self.register_buffer("score_scales", inverse_norms(item_vectors) if self.cosine else item_vectors.new_ones(0))
 
-    def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, item_ids: Tensor, lengths: Tensor, side_ids: Tensor | None = None) -> Tensor:
         """Do what `encode` does."""
-        return self.encode(item_ids, lengths)
+        return self.encode(item_ids, lengths, side_ids)
 
     @torch.jit.export
     def open_items(self, folder: str) -> None:
@@ -115,12 +123,13 @@ class ScoringModule(nn.Module):
         return vectors
 
     @torch.jit.export
-    def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+    def encode(self, item_ids: Tensor, lengths: Tensor, side_ids: Tensor | None = None) -> Tensor:
         """Encode histories.
 
         Args:
             item_ids: the histories, oldest item first, one after the other, int64 ``[T]``.
             lengths: items of each history, int64 ``[B]``, T in all.
+            side_ids: int64 ``[T, F]``, where the model has side features.
 
         Returns:
             query, float32 ``[B, Q]``: an item's score is its dot product with what `vectors_of` gives. Where items have a
@@ -129,12 +138,21 @@ class ScoringModule(nn.Module):
         Raises:
             ValueError: ``lengths`` do not add up to T.
         """
-        offsets = checked_offsets(lengths, item_ids)
-        recent, offsets = keep_last(item_ids, offsets, self.max_seq_len)
-        return self._query(last_of_each(self.encoder(self._embeddings(recent), offsets), offsets))
+        all_offsets = checked_offsets(lengths, item_ids)
+        recent, offsets = keep_last(item_ids, all_offsets, self.max_seq_len)
+        if side_ids is not None and side_ids.size(0) == item_ids.size(0):  # where they do not fit, _embeddings says so
+            side_ids = keep_last(side_ids, all_offsets, self.max_seq_len)[0]
+        return self._query(last_of_each(self.encoder(self._embeddings(recent, side_ids), offsets), offsets))
 
     @torch.jit.export
-    def score(self, item_ids: Tensor, lengths: Tensor, candidates: Tensor, candidate_lengths: Tensor) -> Tensor:
+    def score(
+        self,
+        item_ids: Tensor,
+        lengths: Tensor,
+        candidates: Tensor,
+        candidate_lengths: Tensor,
+        side_ids: Tensor | None = None,
+    ) -> Tensor:
         """Score each history's own candidates.
 
         Args:
@@ -142,6 +160,7 @@ class ScoringModule(nn.Module):
             lengths: int64 ``[B]``.
             candidates: items to score, history after history, int64 ``[C]``.
             candidate_lengths: candidates of each history, int64 ``[B]``, C in all.
+            side_ids: see `encode`.
 
         Returns:
             scores, float32 ``[C]``, in the order of ``candidates``.
@@ -151,7 +170,7 @@ class ScoringModule(nn.Module):
         """
         if candidate_lengths.numel() != lengths.numel():
             raise ValueError(f"{candidate_lengths.numel()} candidate lengths were given for {lengths.numel()} histories")
-        query = self.encode(item_ids, lengths)
+        query = self.encode(item_ids, lengths, side_ids)
         rows = sequence_index(checked_offsets(candidate_lengths, candidates), candidates.size(0))
         block = max(1, self.max_block_cells // query.size(1))
         scores = query.new_empty(candidates.size(0))
@@ -167,7 +186,9 @@ class ScoringModule(nn.Module):
         return scores
 
     @torch.jit.export
-    def top_k(self, item_ids: Tensor, lengths: Tensor, k: int, exclude_seen: bool = True) -> tuple[Tensor, Tensor]:
+    def top_k(
+        self, item_ids: Tensor, lengths: Tensor, k: int, exclude_seen: bool = True, side_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Find each history's best items among the whole catalog, exactly.
 
         Args:
@@ -176,6 +197,7 @@ class ScoringModule(nn.Module):
             lengths: int64 ``[B]``.
             k: items to find, at least 1.
             exclude_seen: leave out the items of the history.
+            side_ids: see `encode`.
 
         Returns:
             ids, int64 ``[B, k]``, and scores, float32 ``[B, k]``, best first; of equal scores the lower id comes first.
@@ -184,7 +206,7 @@ class ScoringModule(nn.Module):
         Raises:
             ValueError: k is not positive, or ``lengths`` do not add up to T.
         """
-        query = self.encode(item_ids, lengths)
+        query = self.encode(item_ids, lengths, side_ids)
         if exclude_seen:
             return self.top_k_of(query, item_ids, lengths, k)
         return self.top_k_of(query, item_ids[:0], torch.zeros_like(lengths), k)
@@ -236,12 +258,12 @@ class ScoringModule(nn.Module):
             best_scores = best_scores.gather(1, order)
         return best_ids, best_scores
 
-    def _embeddings(self, item_ids: Tensor) -> Tensor:
-        """Look up what the encoder reads of items, ``[T, D]``."""
+    def _embeddings(self, item_ids: Tensor, side_ids: Tensor | None) -> Tensor:
+        """Look up what the encoder reads of events, ``[T, D]``."""
         rows = self._stored(item_ids)[:, : self.encoder.width]
         if self.item_scales.numel() > 0:
             rows = rows * self.item_scales.index_select(0, item_ids).unsqueeze(1)
-        return rows
+        return self.side(rows, side_ids)
 
     def _stored(self, item_ids: Tensor) -> Tensor:
         """Look up rows of the table as float32, ``[n, W]``."""

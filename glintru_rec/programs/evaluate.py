@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json
 from glintru_rec.metrics import DEFAULT_KS, Protocol
@@ -77,7 +78,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output={output} cannot be written: {error}") from error
-    dataset = SequenceDataset.open(config.data.path)
+    side_features = SideVocabulary.load(config.checkpoint).names
+    dataset = SequenceDataset.open(config.data.path, side_features)
     protocol = config.protocol()
     with process_group(config.device) as device:
         train_config, model = load_distributed(Path(config.checkpoint), dataset, device)

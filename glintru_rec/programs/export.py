@@ -4,15 +4,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
 from glintru_rec.export.item_files import PRECISIONS
 from glintru_rec.files import sha256_of
 from glintru_rec.programs.launcher import write_config
+from glintru_rec.ranking.exporting import export_ranking
 from glintru_rec.tables.sharding import TABLE_KEY
 from glintru_rec.training.build import check_vocabulary, load_unsharded
 from glintru_rec.training.checkpoint import RunState
@@ -35,7 +39,7 @@ class ExportConfig:
     """An export of a run's best checkpoint.
 
     Attributes:
-        checkpoint: a run directory.
+        checkpoint: a run directory, of a retrieval or a ranking model (the latter as ``torchscript`` in ``fp32`` only).
         output: the artifact's folder; it must not exist, or be empty.
         format: ``torchscript``, which the program score runs; or for servers, with one file for each method and for recurrent
             encoders only: ``pt2``, of torch.export, and ``aoti``, compiled by AOTInductor for this kind of machine (minutes).
@@ -64,8 +68,12 @@ def export_run(config: ExportConfig) -> None:
     """Write the artifact of a run's best checkpoint, and how far it is from the model."""
     quiet_dependencies()
     run_dir = Path(config.checkpoint)
+    if task_of_run(run_dir) == "ranking":
+        _export_ranking_run(config)
+        return
     config_of_run, state, vocabulary, model = load_unsharded(run_dir)
     dataset = Path(config.data.path or config_of_run.data.path)
+    side_vocabulary = SideVocabulary.load(run_dir)
     manifest = export_artifact(
         model.encoder,
         model.similarity,
@@ -83,7 +91,9 @@ def export_run(config: ExportConfig) -> None:
         },
         precision=config.precision,
         format=config.format,
-        validation=None if config.precision == "fp32" else _validation(config, dataset, state),
+        validation=None if config.precision == "fp32" else _validation(config, dataset, state, side_vocabulary),
+        side=model.side,
+        side_vocabulary=side_vocabulary,
     )
     write_config(config, Path(config.output) / "export.config.yaml")
     for method, figures in manifest["parity"].items():
@@ -95,12 +105,31 @@ def export_run(config: ExportConfig) -> None:
     print(f"written: {config.output}")
 
 
-def _validation(config: ExportConfig, path: Path, state: RunState) -> Validation:
+def task_of_run(run_dir: Path) -> str:
+    """Give the task that a run directory's config names; ``retrieval`` where there is none to be read."""
+    try:
+        written = OmegaConf.load(run_dir / "config.yaml")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return "retrieval"
+    return str(written.get("task", "retrieval")) if isinstance(written, DictConfig) else "retrieval"
+
+
+def _export_ranking_run(config: ExportConfig) -> None:
+    for key, only in (("format", "torchscript"), ("precision", "fp32")):
+        given = getattr(config, key)
+        check(key, given, given == only, f"{only}, as checkpoint is a ranking run")
+    manifest = export_ranking(config.checkpoint, config.output)
+    write_config(config, Path(config.output) / "export.config.yaml")
+    print(f"parity of predict {manifest['parity']['predict']:.1e}")
+    print(f"written: {config.output}")
+
+
+def _validation(config: ExportConfig, path: Path, state: RunState, side: SideVocabulary) -> Validation:
     if not (path / MANIFEST_FILE).is_file():
         raise InputError(
             f"precision={config.precision} is measured on the run's dataset, which is not at {str(path)!r}: give data.path=…"
         )
-    dataset = SequenceDataset.open(path)
+    dataset = SequenceDataset.open(path, side.names)
     check_vocabulary(dataset, state, Path(config.checkpoint))
     return Validation(dataset.eval_cases("valid"), config.max_ndcg_loss, config.validation_users)
 

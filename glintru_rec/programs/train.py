@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> int:
     """
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
-    dataset = open_dataset(config.data)
+    dataset = open_dataset(config)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
         trainer = Trainer(config, dataset, device)
@@ -42,6 +42,7 @@ def train(config: TrainConfig) -> int:
             start(run_dir, config)
             (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
             dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean
+            dataset.side.save(run_dir)
             write_json(run_dir / "plan.json", plan)
             print_plan(plan)
         dist.barrier()

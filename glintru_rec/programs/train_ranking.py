@@ -7,7 +7,7 @@ import torch.distributed as dist
 from glintru_rec.files import write_json
 from glintru_rec.programs.train import STOPPED, check_free, restarted, start
 from glintru_rec.ranking.config import RankingConfig
-from glintru_rec.ranking.dataset import RankingDataset
+from glintru_rec.ranking.dataset import RankingDataset, keep_features
 from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.training.checkpoint import best_checkpoint, read_state
 from glintru_rec.training.processes import process_group
@@ -32,6 +32,7 @@ def train_ranking(config: RankingConfig) -> int:
             trainer.resume()
         if dist.get_rank() == 0:
             start(run_dir, config)
+            keep_features(config.data.path, run_dir)
         dist.barrier()
         try:
             state = trainer.fit()

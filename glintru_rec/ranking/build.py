@@ -1,6 +1,7 @@
 """Make a ranking model as a config says, with the weights of a retrieval run where it asks for them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from glintru_rec.encoders import Encoder, build_encoder
 from glintru_rec.errors import InputError
 from glintru_rec.ranking.config import RankingConfig
-from glintru_rec.ranking.dataset import ITEM, RankingDataset
+from glintru_rec.ranking.dataset import ITEM, RankingDataset, num_embeddings
 from glintru_rec.ranking.model import RankingModel
 from glintru_rec.ranking.tower import RunningMean, SequenceTower, sequence_table
 from glintru_rec.tables.collections import distribute_collections, table_parameters, write_known_rows
@@ -48,31 +49,48 @@ def load_encoder(run_dir: str | Path) -> Encoder:
     return encoder.eval()
 
 
-def task_weights(config: RankingConfig, dataset: RankingDataset) -> dict[str, float]:
+def task_weights(config: RankingConfig, manifest: dict[str, Any]) -> dict[str, float]:
     """Give the tasks to train and the weights of their losses.
 
     Raises:
-        InputError: the dataset has no such task.
+        InputError: the dataset, whose manifest this is, has no such task.
     """
-    known = dataset.manifest["tasks"]
+    known = manifest["tasks"]
     for name in config.data.tasks:
         if name not in known:
             raise InputError(f"data.tasks.{name}: {config.data.path} has the tasks {', '.join(known)}")
     return dict(config.data.tasks) or dict.fromkeys(known, 1.0)
 
 
-def build_ranking_model(config: RankingConfig, dataset: RankingDataset, device: torch.device) -> RankingModel:
-    """Make a fresh model, its tables on ``device``; weights that are not on ``meta`` follow from ``config.trainer.seed``."""
+def tower_features(config: RankingConfig, manifest: dict[str, Any]) -> dict[str, int]:
+    """Give the table sizes of what the tower reads of each event, the item first; nothing where there is no tower.
+
+    Raises:
+        InputError: the dataset, whose manifest this is, has no such feature.
+    """
+    if config.tower.encoder == "none":
+        return {}
+    sizes = num_embeddings(manifest, "sequence")
+    chosen = [ITEM, *(config.tower.features or [name for name in sizes if name != ITEM])]
+    for name in chosen:
+        if name not in sizes:
+            raise InputError(f"tower.features has {name!r}; the sequence features of the dataset are {', '.join(sizes)}")
+    return {name: sizes[name] for name in chosen}
+
+
+def build_ranking_model(config: RankingConfig, manifest: dict[str, Any], device: torch.device) -> RankingModel:
+    """Make a fresh model, its tables on ``device``; weights that are not on ``meta`` follow from ``config.trainer.seed``.
+
+    Args:
+        config: of the run.
+        manifest: of the dataset; or what a run keeps of it (`keep_features`).
+        device: of the tables.
+    """
     torch.manual_seed(config.trainer.seed)
-    tower = None
-    if config.tower.encoder != "none":
-        sizes = dataset.num_embeddings("sequence")
-        chosen = [ITEM, *(config.tower.features or [name for name in sizes if name != ITEM])]
-        for name in chosen:
-            if name not in sizes:
-                raise InputError(f"tower.features has {name!r}; the sequence features of the dataset are {', '.join(sizes)}")
+    tower, features = None, tower_features(config, manifest)
+    if features:
         tower = SequenceTower(
-            {name: sizes[name] for name in chosen},
+            features,
             _build_tower_encoder(config),
             config.tower.combine,
             config.tower.output,
@@ -80,8 +98,8 @@ def build_ranking_model(config: RankingConfig, dataset: RankingDataset, device: 
             config.table.init_std,
             device,
         )
-    tasks, num_dense = list(task_weights(config, dataset)), dataset.dense.shape[1]
-    sparse = dataset.num_embeddings("sparse")
+    tasks, num_dense = list(task_weights(config, manifest)), len(manifest["dense"])
+    sparse = num_embeddings(manifest, "sparse")
     return RankingModel(tasks, sparse, num_dense, tower, config.model, config.table.init_std, device)
 
 
@@ -109,7 +127,7 @@ def build_distributed_ranking(
     rates of the others.
     """
     sharded = config.table.sharding != "replicated"
-    model = build_ranking_model(config, dataset, torch.device("meta") if sharded else device)
+    model = build_ranking_model(config, dataset.manifest, torch.device("meta") if sharded else device)
     tables, scale = table_parameters(model), config.tower.learning_rate_scale
     if model.tower is not None and config.tower.frozen:
         model.tower.freeze()

@@ -6,11 +6,13 @@
     events.parquet            an event per row; users one after the other, each in order of time
     vocabulary/*.parquet      value, count; the row of a value in its table is its place + 1, row 0 is for unknown ones
     train_log.parquet         the training period as a log, to pre-train an encoder on
+    examples.parquet          where asked for: a later period with raw values, to score with a trained model
 
 Shapes: E events, U users, F dense features, K tasks.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.errors import InputError
-from glintru_rec.files import sha256_of
+from glintru_rec.files import sha256_of, write_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 EVENTS_FILE = "events.parquet"
 LOG_FILE = "train_log.parquet"
+EXAMPLES_FILE = "examples.parquet"
 ITEM_VOCABULARY_FILE = "vocabulary/item.parquet"
 SPLITS = ("train", "valid", "test")
 ITEM = "item"
+FEATURES_FILE = "features.json"
+# What scoring needs of a dataset's manifest.
+_OF_FEATURES = ("num_embeddings", "dense", "tasks", "expressions")
 
 
 class Lists(NamedTuple):
@@ -116,9 +122,28 @@ class RankingDataset:
 
     def num_embeddings(self, group: str) -> dict[str, int]:
         """Give the table sizes of a group's features: ``sparse``, or ``sequence`` (with `ITEM`)."""
-        sizes = self.manifest["num_embeddings"]
-        chosen = {name.removeprefix(f"{group}:"): rows for name, rows in sizes.items() if name.startswith(f"{group}:")}
-        return {ITEM: sizes[ITEM]} | chosen if group == "sequence" else chosen
+        return num_embeddings(self.manifest, group)
+
+
+def num_embeddings(manifest: dict[str, Any], group: str) -> dict[str, int]:
+    """Give the table sizes of a group's features: ``sparse``, or ``sequence`` (with `ITEM`)."""
+    sizes = manifest["num_embeddings"]
+    chosen = {name.removeprefix(f"{group}:"): rows for name, rows in sizes.items() if name.startswith(f"{group}:")}
+    return {ITEM: sizes[ITEM]} | chosen if group == "sequence" else chosen
+
+
+def vocabulary_file(feature: str) -> str:
+    """Name the file of the values of `ITEM`, ``sparse:NAME`` or ``sequence:NAME``."""
+    return f"vocabulary/{feature.replace(':', '.')}.parquet"
+
+
+def keep_features(dataset: str | Path, run_dir: Path) -> None:
+    """Copy into a run directory what its model must know of the features to be of use without the dataset."""
+    manifest = json.loads((Path(dataset) / MANIFEST_FILE).read_text())
+    (run_dir / "vocabulary").mkdir(exist_ok=True)
+    for feature in manifest["num_embeddings"]:
+        shutil.copyfile(Path(dataset) / vocabulary_file(feature), run_dir / vocabulary_file(feature))
+    write_json(run_dir / FEATURES_FILE, {key: manifest[key] for key in _OF_FEATURES})
 
 
 def _lists(column: pa.Array) -> Lists:

@@ -25,11 +25,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from omegaconf import MISSING
 
-from glintru_rec.config import check
+from glintru_rec.config import check, one_of
 from glintru_rec.data.scratch import scratch_database
+from glintru_rec.data.side_features import rows_of
 from glintru_rec.errors import InputError
 from glintru_rec.files import check_free, folder_aside
-from glintru_rec.ranking.dataset import EVENTS_FILE, ITEM, LOG_FILE, MANIFEST_FILE, SCHEMA_VERSION, SPLITS
+from glintru_rec.ranking.dataset import (
+    EVENTS_FILE,
+    EXAMPLES_FILE,
+    ITEM,
+    LOG_FILE,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    SPLITS,
+    vocabulary_file,
+)
 
 _WINDOWS = """
     user_past AS (PARTITION BY event_user ORDER BY event_time RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
@@ -57,6 +67,8 @@ class PrepareRankingConfig:
         sequence: name → expression of what the history tells of each event besides its item: one value each.
         valid_share: share of the events, the last ones before the test period, that validation has.
         test_share: share of the events, the last ones, that the test has.
+        examples: also write the events of a period, ``valid`` or ``test``, to ``examples.parquet``: the raw values of all
+            features and tasks, as mode rank of the program score reads them; empty for none.
         task: ``ranking``.
     """
 
@@ -73,6 +85,7 @@ class PrepareRankingConfig:
     sequence: dict[str, str] = field(default_factory=dict)
     valid_share: float = 0.1
     test_share: float = 0.1
+    examples: str = ""
     task: str = "ranking"
 
     def __post_init__(self):
@@ -84,6 +97,7 @@ class PrepareRankingConfig:
             for name in getattr(self, group):
                 # TorchRec keeps tables in a ModuleDict and features in dotted names.
                 check(f"name of {group}", name, name.replace("_", "a").isalnum(), "made of letters, digits and _")
+        one_of("examples", self.examples, ("", *SPLITS[1:]))
         check("sequence", ITEM, ITEM not in self.sequence, f"without {ITEM!r}: the items themselves are always there")
 
 
@@ -114,6 +128,8 @@ def prepare_ranking(config: PrepareRankingConfig) -> dict[str, Any]:
             except duckdb.Error as error:
                 raise InputError(f"preparing {config.events!r}: {_first_line(error)}") from error
         manifest = _write(folder, events, config, set_aside)
+        if config.examples:
+            pq.write_table(example_rows(events, config.examples), folder / EXAMPLES_FILE, compression="zstd")
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -166,6 +182,38 @@ def _compute(db: duckdb.DuckDBPyConnection, config: PrepareRankingConfig) -> pa.
         """).to_arrow_table()
 
 
+def example_rows(events: pa.Table, split: str) -> pa.Table:
+    """Write the events of a period out, each with its own history, as `glintru_rec.scoring.examples` has them.
+
+    Args:
+        events: users one after the other, each in order of time: user, item, split, seen, and the values of expressions.
+        split: of `SPLITS`.
+    """
+    chosen = np.flatnonzero(events["split"].to_numpy() == SPLITS.index(split))
+    starts = _starts(events["user"].combine_chunks())
+    first = starts[np.searchsorted(starts, chosen, side="right") - 1]
+    seen = events["seen"].to_numpy()[chosen]
+    offsets = np.concatenate([[0], np.cumsum(seen)])
+    past = pa.array(np.repeat(first - offsets[:-1], seen) + np.arange(offsets[-1]))
+
+    def histories(name: str) -> pa.Array:
+        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), events[name].take(past).combine_chunks())
+
+    own = events.take(pa.array(chosen))
+    columns = {"user_id": own["user"], "item_id": own["item"], "history": histories("item")}
+    for name in events.column_names:
+        if name.startswith("sequence:"):
+            columns[name.replace(":", ".")] = histories(name)
+        elif ":" in name:
+            columns[name.replace(":", ".")] = own[name]
+    return pa.table(columns)
+
+
+def _starts(users: pa.Array) -> np.ndarray:
+    """Say where each user's events begin."""
+    return np.flatnonzero(np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)))
+
+
 def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_aside: dict[str, int]) -> dict[str, Any]:
     """Encode the columns, write them and the vocabularies, and describe them."""
     split = events["split"].to_numpy()
@@ -173,7 +221,7 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
     if not all(counts.values()):
         raise InputError(f"the periods have {counts} events; each needs some: change valid_share and test_share")
     users = events["user"].combine_chunks()
-    starts = np.flatnonzero(np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)))
+    starts = _starts(users)
     written = {
         "user": pa.array(np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(users))))),
         "split": events["split"],
@@ -191,7 +239,7 @@ def _write(folder: Path, events: pa.Table, config: PrepareRankingConfig, set_asi
                 f"{name.replace(':', '.')} gives {column.type}: a history has one value of each event; lists belong in sparse"
             )
         written[name], vocabulary = _encode(column.combine_chunks(), split == 0)
-        pq.write_table(vocabulary, folder / "vocabulary" / f"{name.replace(':', '.')}.parquet")
+        pq.write_table(vocabulary, folder / vocabulary_file(name))
         manifest["num_embeddings"][name] = len(vocabulary) + 1
     for name in config.dense:
         numbers = _numbers(f"dense.{name}", events[f"dense:{name}"])
@@ -228,8 +276,7 @@ def _encode(column: pa.Array, is_training: np.ndarray) -> tuple[pa.Array, pa.Tab
     table = table.sort_by([("value_count", "descending"), ("value", "ascending")]).rename_columns(["value", "count"])
     if not len(table):
         return pa.array(np.zeros(len(column), np.int64)), table
-    places = pc.index_in(column, value_set=table["value"].combine_chunks(), skip_nulls=True)
-    return pc.add(places.fill_null(-1).cast(pa.int64()), 1), table
+    return pa.array(rows_of(column, table["value"].combine_chunks())), table
 
 
 def _read(db: duckdb.DuckDBPyConnection, table: str, location: str) -> None:

@@ -39,7 +39,7 @@ class RankingTrainer:
     def __init__(self, config: RankingConfig, dataset: RankingDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.run_dir = dist.get_rank(), Path(config.output)
-        self.weights = task_weights(config, dataset)
+        self.weights = task_weights(config, dataset.manifest)
         self.columns = [list(dataset.manifest["tasks"]).index(name) for name in self.weights]
         self.kinds = [dataset.manifest["tasks"][name] for name in self.weights]
         self.model, self.optimizer = build_distributed_ranking(config, dataset, device)

@@ -9,7 +9,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.scoring.addresses import is_remote, local_path
 from glintru_rec.scoring.index import IndexConfig
 
-MODES = ("candidates", "top_k", "encode", "items", "update")
+MODES = ("candidates", "top_k", "encode", "items", "update", "rank")
 _MISSING = "???"  # hydra asks for what has this value
 EMPTY_HISTORY = ("reject", "popular")
 CATALOGS = ("whole", "split")
@@ -20,7 +20,9 @@ _NUMBERS = {3: "three", 4: "four"}
 class ScoreConfig:
     """What to score, and how.
 
-    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too.
+    An item of a history that the vocabulary lacks is skipped and counted; so is a candidate, which is listed too. Where the
+    model reads side features of events, the input has a column under the name of each: a list as long as the history (in
+    mode update, the event's value); null is an unknown value.
 
     The same command again goes on where a killed job was. Exit status: 0, also when all was done before; 2 for bad input, an
     output begun with another config, artifact or input, or one that another job is writing; 3 where some input files could
@@ -37,7 +39,8 @@ class ScoreConfig:
             writes the user's vector; ``items`` writes the vector of every item: a score is the dot product of both (with
             similarity cosine, item vectors have length 1; biases are in the last number); ``update`` carries
             the states of users on by new events and finds the best items of those who acted (see
-            `glintru_rec.scoring.update`).
+            `glintru_rec.scoring.update`); ``rank`` gives the predictions of a ranking model's tasks, probabilities or
+            numbers, for each row's item (see `glintru_rec.scoring.examples` for the columns).
         state: folder of the store of user states, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.
@@ -63,7 +66,7 @@ class ScoreConfig:
         keep_columns: names of columns of the input that are written beside the scores, as they are; modes candidates, top_k and
             encode only. A folder ``name=value`` of a partitioned dataset is a column, too, here and for the other names: of
             integers where all its values are.
-        item_column: name of the column of item ids; of mode update, and of the files ``allow`` and ``deny``.
+        item_column: name of the column of item ids; of modes update and rank, and of the files ``allow`` and ``deny``.
         time_column: name of the column of times, whole numbers or timestamps; mode update only.
     """
 
@@ -136,7 +139,7 @@ class ScoreConfig:
             keys: tuple[str, ...] = ("user_column", "item_column", "time_column")
         else:
             check("state", self.state, not self.state, f"left out, as mode {self.mode!r} keeps no states")
-            keys = ("user_column", "history_column", "candidates_column")
+            keys = ("user_column", "history_column", "item_column" if self.mode == "rank" else "candidates_column")
         if self.deny_column:
             keys += ("deny_column",)
         columns = tuple(getattr(self, key) for key in keys)

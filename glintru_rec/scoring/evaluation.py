@@ -67,14 +67,15 @@ def evaluate(
         group = [_Users(cases, *share, device) for share in shares]
         own = group[rank]
         item_ids, offsets = keep_last(own.history, own.offsets, max_seq_len)
+        side_ids = None if own.side_ids is None else keep_last(own.side_ids, own.offsets, max_seq_len)[0]
         if protocol.kind == "full":
-            query, _ = module.encode(item_ids, offsets, item_ids[:0])
+            query, _ = module.encode(item_ids, offsets, item_ids[:0], side_ids)
             everyone = _Users(cases, start, stop, device)
             queries = _gather(query, [users.targets.numel() for users in group])
             above, tied = _count_above(module, queries, rows, first_item, everyone, protocol.exclude_seen)
         else:
             everyone = own
-            above, tied = _count_above_sampled(module, own, item_ids, offsets, protocol, dataset.num_items, counts)
+            above, tied = _count_above_sampled(module, own, item_ids, offsets, side_ids, protocol, dataset.num_items, counts)
         ranks = target_ranks(above, tied)
         seen = everyone.target_is_seen()
         num_targets_seen += int(seen.sum())
@@ -117,6 +118,9 @@ class _Users:
         bounds = cases.history_offsets[start : stop + 1]
         self.history = torch.from_numpy(cases.history_items[bounds[0] : bounds[-1]]).to(device)
         self.offsets = torch.from_numpy(bounds - bounds[0]).to(device)
+        self.side_ids = None
+        if cases.history_side is not None:
+            self.side_ids = torch.from_numpy(cases.history_side[bounds[0] : bounds[-1]].astype(np.int64)).to(device)
         self.targets = torch.from_numpy(cases.targets[start:stop]).to(device)
         self.user_index = torch.from_numpy(np.asarray(cases.user_index[start:stop])).to(device)
         self.row_of_history = torch.repeat_interleave(torch.arange(stop - start, device=device), self.offsets.diff())
@@ -183,6 +187,7 @@ def _count_above_sampled(
     users: _Users,
     item_ids: Tensor,
     offsets: Tensor,
+    side_ids: Tensor | None,
     protocol: Protocol,
     num_items: int,
     counts: Tensor | None,
@@ -204,7 +209,7 @@ def _count_above_sampled(
         protocol.seed,
     )
     candidates = torch.cat([users.targets.unsqueeze(1), negatives], dim=1)
-    query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1))
+    query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1), side_ids)
     scores = (vectors.view(*candidates.shape, query.size(1)) @ query.unsqueeze(2)).squeeze(2)
     rivals, target = scores[:, 1:], scores[:, :1]
     return (~(rivals <= target)).sum(1), (rivals == target).sum(1)

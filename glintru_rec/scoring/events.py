@@ -29,6 +29,7 @@ class EventBatch:
         items: original ids, ``[T]``.
         times: int64 ``[T]``.
         positions: the row of each event in the log, int64 ``[T]``.
+        side: values of each side feature, strings ``[T]``.
     """
 
     users: pa.Array
@@ -36,6 +37,7 @@ class EventBatch:
     items: pa.Array
     times: np.ndarray
     positions: np.ndarray
+    side: list[pa.Array]
 
 
 def open_events(location: str, names: LogColumns) -> list[LogFile]:
@@ -56,7 +58,7 @@ class Events:
     Args:
         db: empty; sorts out of core.
         files: of the log.
-        names: the columns of user, item and time.
+        names: the columns of user, item and time, and of side features.
         vocabulary: whose type of ids the items must have.
 
     Attributes:
@@ -88,9 +90,11 @@ class Events:
             CREATE TABLE acting AS SELECT user_id, row_number() OVER (ORDER BY user_id) - 1 AS user_rank
             FROM (SELECT DISTINCT user_id FROM event WHERE reason IS NULL)""")
         # Sorted once, out of core; each batch then reads only its own stretch of the table.
-        db.execute("""
-            CREATE TABLE sorted AS SELECT user_rank, user_id, item_id, time, position
-            FROM event JOIN acting USING (user_id) WHERE reason IS NULL ORDER BY user_rank, time, position""")
+        self._side = [f"side_{place}" for place in range(len(names.side))]
+        values, log = "".join(f", {column}" for column in self._side), "JOIN log USING (position)" if self._side else ""
+        db.execute(f"""
+            CREATE TABLE sorted AS SELECT user_rank, user_id, item_id, time, position{values}
+            FROM event JOIN acting USING (user_id) {log} WHERE reason IS NULL ORDER BY user_rank, time, position""")
         db.execute("CREATE TABLE set_aside AS SELECT position, reason FROM event WHERE reason IS NOT NULL")
         self.num_users = fetch_one(db, "SELECT count(*) FROM acting")
 
@@ -108,6 +112,7 @@ class Events:
                 items=table["item_id"].combine_chunks(),
                 times=table["time"].to_numpy(),
                 positions=table["position"].to_numpy(),
+                side=[table[column].combine_chunks() for column in self._side],
             )
 
     def set_aside(self, positions: np.ndarray, reason: str) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.data.formats import find_files
+from glintru_rec.data.side_features import CATEGORICAL, NO_SIDE, SideVocabulary, is_categorical
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.scoring.addresses import RemoteFile, find_remote, is_remote
@@ -82,18 +83,19 @@ class Fragment:
     kept: pa.Schema
     from_folders: Sequence[str]
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits) -> Iterator[Rows]:
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, side: SideVocabulary = NO_SIDE) -> Iterator[Rows]:
         """Read at most ``batch_size`` rows at a time, and fewer where their lists are long.
 
         Raises:
             InputError: the file is damaged, or not the one that was opened.
         """
         first_row = 1
-        for batch in self._batches(batch_size):
-            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits)
+        for batch in self.batches(batch_size):
+            yield decode(batch, self.columns, vocabulary, self.file.name, first_row, limits, side)
             first_row += len(batch)
 
-    def _batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Read at most ``batch_size`` rows at a time, as they are (see `read`)."""
         path = self.file.path
         try:
             with _parquet(path, buffer_size=_READ_BYTES, page_checksum_verification=True) as file:
@@ -198,6 +200,18 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
         vocabulary: whose ids they must hold.
 
     Returns:
+        See `open_all`.
+
+    Raises:
+        InputError: see `open_all`.
+    """
+    return open_all(files, lambda file: _open(file, columns, vocabulary))
+
+
+def open_all(files: list[InputFile], open_one: Callable[[InputFile], Fragment]) -> dict[str, Fragment | InputError]:
+    """Open all files of the input before any is scored.
+
+    Returns:
         By the file's name the fragment, or why there is none: not readable parquet, a column that is missing or of another
         type.
 
@@ -207,7 +221,7 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
     opened: dict[str, Fragment | InputError] = {}
     for file in files:
         try:
-            opened[file.name] = _open(file, columns, vocabulary)
+            opened[file.name] = open_one(file)
         except InputError as error:
             opened[file.name] = error
     failures = [each for each in opened.values() if isinstance(each, InputError)]
@@ -219,6 +233,34 @@ def open_fragments(files: list[InputFile], columns: Columns, vocabulary: Vocabul
 
 
 def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fragment:
+    hint = "Name the right ones with user_column, history_column, candidates_column, deny_column and keep_columns"
+    fragment, schema = open_file(input_file, columns, hint, "The model reads a list of this side feature beside each history")
+    path = input_file.path
+    for column in columns.lists:
+        if not _holds_ids(schema.field(column).type, vocabulary):
+            raise InputError(
+                f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
+                f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
+            )
+    for column in columns.side:
+        kind = schema.field(column).type
+        if not (is_list(kind) and is_categorical(kind.value_type)):
+            raise InputError(f"column {column!r} of {str(path)!r} has type {kind}; it must hold lists: {CATEGORICAL}")
+    return fragment
+
+
+def open_file(input_file: InputFile, columns: Columns, hint: str, side_hint: str) -> tuple[Fragment, pa.Schema]:
+    """Open one file, whatever its columns hold but the users' ids.
+
+    Args:
+        input_file: which.
+        columns: what it must have.
+        hint: for the message where another of these is missing ...
+        side_hint: ... and where one of ``columns.side`` is.
+
+    Raises:
+        InputError: not readable parquet, a column that is missing or there twice, or no ids of users.
+    """
     path = input_file.path
     try:
         with _parquet(path) as file:
@@ -232,31 +274,30 @@ def _open(input_file: InputFile, columns: Columns, vocabulary: Vocabulary) -> Fr
         if column not in schema.names:
             raise InputError(
                 f"{str(path)!r} has no column {column!r}; it has {', '.join(map(repr, schema.names))}. "
-                f"Name the right ones with user_column, history_column, candidates_column, deny_column and keep_columns"
+                + (side_hint if column in columns.side else hint)
             )
         if schema.names.count(column) > 1:
             raise InputError(f"{str(path)!r} has {schema.names.count(column)} columns called {column!r}; rename all but one")
     user_type = _plain(schema.field(columns.user).type)
     if not pa.types.is_integer(user_type) and str(user_type) not in _STRINGS:
         raise InputError(f"column {columns.user!r} of {str(path)!r} has type {user_type}; it must hold integers or strings")
-    for column in columns.lists:
-        if not _holds_ids(schema.field(column).type, vocabulary):
-            raise InputError(
-                f"column {column!r} of {str(path)!r} has type {schema.field(column).type}; the vocabulary holds "
-                f"{vocabulary.id_type} item ids, so write it as list<{vocabulary.id_type}>"
-            )
     kept = pa.schema([(name, _plain(schema.field(name).type)) for name in columns.kept])
-    return Fragment(input_file, columns, num_rows, user_type, kept, from_folders)
+    return Fragment(input_file, columns, num_rows, user_type, kept, from_folders), schema
 
 
 def _holds_ids(kind: pa.DataType, vocabulary: Vocabulary) -> bool:
     """Say whether a column is made of lists of the vocabulary's ids."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if not is_list(kind):
         return False
     item = _plain(kind.value_type)
     if pa.types.is_null(item):  # all lists of the file are empty, or hold nulls alone
         return True
     return pa.types.is_integer(item) if vocabulary.id_type == "int64" else str(item) in _STRINGS
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Say whether a column is made of lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

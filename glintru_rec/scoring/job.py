@@ -3,8 +3,8 @@
 ::
 
     part-00000.parquet                     one output file per input file, under the same name: user_id, and
-                                           item_ids and scores (candidates, top_k) or embedding (encode);
-                                           items: item_id and embedding, 2^20 items in a file
+                                           item_ids and scores (candidates, top_k), embedding (encode), or item_id and a
+                                           column for each task (rank); items: item_id and embedding, 2^20 in a file
     rejects/part-00000.parquet             rows that could not be scored: user_id, reason, fragment, row (from 1)
     unknown_candidates/part-00000.parquet  candidates that the vocabulary lacks: user_id, item_id, fragment, row
     report.json                            what became of every row
@@ -32,18 +32,18 @@ import pyarrow as pa
 from glintru_rec.config import check
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
+from glintru_rec.export.ranking_artifact import RankingArtifact
 from glintru_rec.files import sha256_of, write_json, write_text
 from glintru_rec.scoring.addresses import RemoteFolder, fetched, is_remote
 from glintru_rec.scoring.config import ScoreConfig
-from glintru_rec.scoring.fragments import Fragment, find_inputs, open_fragments
+from glintru_rec.scoring.examples import ExampleScorer
+from glintru_rec.scoring.fragments import Fragment, find_inputs
 from glintru_rec.scoring.index import IndexReport
-from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
 from glintru_rec.scoring.remote_ledger import RemoteLedger
 from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
-from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.scorer import Scorer
 from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER, FragmentWriter
 
@@ -81,25 +81,19 @@ def _score(
     """Score into a folder of this machine, from which all goes on to ``remote`` where there is one."""
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
-    with fetched("artifact", config.artifact) as folder:
-        artifact = Artifact.load(folder, config.device)  # what it has mapped into memory stays there when a copy is removed
-    scorer = Scorer(config, artifact)
-    catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
+    with fetched("artifact", config.artifact) as folder:  # what it has mapped into memory stays there when a copy is removed
+        artifact = (RankingArtifact if config.mode == "rank" else Artifact).load(folder, config.device)
+    scorer = ExampleScorer(config, artifact) if isinstance(artifact, RankingArtifact) else Scorer(config, artifact)
+    catalog = scorer.item_fragments() if isinstance(scorer, Scorer) and config.mode == "items" else {}
     files = [part.file for part in catalog.values()] or find_inputs(config.input)
     terms = _terms(config, artifact)
     ledger = RemoteLedger(remote, output, terms, files) if remote else Ledger(output, terms, files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
-    candidates_column = config.candidates_column if config.mode == "candidates" else None
-    columns = Columns(
-        config.user_column,
-        config.history_column,
-        candidates_column,
-        config.deny_column or None,
-        kept=tuple(config.keep_columns),
-    )
-    opened: dict[str, Fragment | InputError] = {**catalog} or open_fragments(files, columns, artifact.vocabulary)
-    is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
-    index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
+    opened: dict[str, Fragment | InputError] = {**catalog} or scorer.open(files)
+    index = None
+    if config.index.kind != "exact" and isinstance(scorer, Scorer):
+        is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
+        index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
     with ExitStack() as until_the_end:
 
         def begin() -> tuple[dict[str, Record], list[list[str]]]:
@@ -127,11 +121,12 @@ def _score(
         with one_thread_each(config.device) as num_threads:
             for name in shares[rank]:
                 try:
-                    own[name] = _score_fragment(opened[name], output, config, artifact, scorer, num_threads, show)
+                    own[name] = _score_fragment(opened[name], output, scorer, num_threads, show)
                 except InputError as error:
                     own[name] = Record(stamps[name], error=str(error))
                 ledger.write(name, own[name])
-            scorer.finish()
+            if isinstance(scorer, Scorer):
+                scorer.finish()
         now = {name: record for share in from_all(own) for name, record in share.items()}
         report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items, index)
 
@@ -149,7 +144,7 @@ def _score(
     return report
 
 
-def _terms(config: ScoreConfig, artifact: Artifact) -> dict[str, Any]:
+def _terms(config: ScoreConfig, artifact: Artifact | RankingArtifact) -> dict[str, Any]:
     """Tell what an output depends on besides the input files; wherever they and the artifact lie."""
     settings = {key: value for key, value in asdict(config).items() if key not in _NOT_TERMS}
     settings["index"] = config.index.of_output()
@@ -166,9 +161,7 @@ def _num_rows(fragment: Fragment | InputError) -> int:
 def _score_fragment(
     fragment: Fragment | InputError,
     output: Path,
-    config: ScoreConfig,
-    artifact: Artifact,
-    scorer: Scorer,
+    scorer: Scorer | ExampleScorer,
     num_threads: int,
     show: Callable[[int], None],
 ) -> Record:
@@ -177,9 +170,8 @@ def _score_fragment(
         raise fragment
     seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
 
-    def read() -> Iterator[Rows]:
-        limits = Limits(config.max_candidates, keep_empty=config.empty_history == "popular")
-        batches = fragment.read(config.batch_size, artifact.vocabulary, limits)
+    def read() -> Iterator[Any]:  # Rows or Examples: a scorer scores what it reads
+        batches = scorer.read(fragment)
         while True:
             with timed(seconds, "read"):
                 rows = next(batches, None)
@@ -187,7 +179,7 @@ def _score_fragment(
                 return
             yield rows
 
-    def scored(rows: Rows) -> tuple[Rows, pa.Table]:
+    def scored(rows: Any) -> tuple[Any, pa.Table]:
         with timed(seconds, "score"):
             return rows, scorer.score(rows)
 
@@ -203,7 +195,7 @@ def _score_fragment(
                 rows_in=rows.num_read,
                 rows_scored=len(table),
                 rows_set_aside=Counter(rows.set_aside["reason"].to_pylist()),
-                fallback=int((rows.history.lengths == 0).sum()),
+                fallback=rows.num_fallback,
                 unknown_history_items=rows.unknown_history_items,
                 unknown_candidates=len(rows.unknown_candidates),
             )

@@ -2,10 +2,11 @@
 
 Rows that cannot be scored come out too, each with its reason. No step is a loop over rows.
 
-Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ragged column.
+Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ragged column, F side features.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 
 
@@ -20,8 +22,10 @@ class Reason(enum.StrEnum):
     """Why a row is set aside; where several apply, the first."""
 
     NULL_USER = "null_user"
+    NULL_ITEM = "null_item"
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
+    OTHER_LENGTH = "side_feature_of_other_length"
     NULL_DENIED = "null_denied"
     NULL_DENIED_ITEM = "null_denied_item"
     NULL_CANDIDATES = "null_candidates"
@@ -37,23 +41,26 @@ class Columns(NamedTuple):
     """The names of the columns to read."""
 
     user: str
-    history: str
+    history: str | None
+    """None where the model reads none."""
     candidates: str | None
     """None where no candidates are asked for."""
     denied: str | None = None
     """None where no row has items to leave out."""
+    side: tuple[str, ...] = ()
+    """Lists of side features, as long as the histories."""
     kept: tuple[str, ...] = ()
     """To be written beside the scores, as they are."""
 
     @property
     def lists(self) -> list[str]:
-        """The names of those that hold lists."""
+        """The names of those that hold lists of items."""
         return [name for name in (self.history, self.candidates, self.denied) if name is not None]
 
     @property
     def names(self) -> list[str]:
         """All names, each once."""
-        return list(dict.fromkeys([self.user, *self.lists, *self.kept]))
+        return list(dict.fromkeys([self.user, *self.lists, *self.side, *self.kept]))
 
 
 class Limits(NamedTuple):
@@ -84,6 +91,7 @@ class Rows:
         history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
         denied: the known items that must not be found for each.
+        side_ids: side features of the events in ``history``, int64 ``[T, F]``.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
@@ -96,14 +104,26 @@ class Rows:
     history: Ragged
     candidates: Ragged
     denied: Ragged
+    side_ids: np.ndarray
     unknown_history_items: int
     unknown_candidates: pa.Table
     set_aside: pa.Table
     kept: list[pa.Array]
 
+    @property
+    def num_fallback(self) -> int:
+        """How many rows have no history and can be scored by popularity alone."""
+        return int((self.history.lengths == 0).sum())
+
 
 def decode(
-    batch: pa.RecordBatch, columns: Columns, vocabulary: Vocabulary, fragment: str, first_row: int, limits: Limits
+    batch: pa.RecordBatch,
+    columns: Columns,
+    vocabulary: Vocabulary,
+    fragment: str,
+    first_row: int,
+    limits: Limits,
+    side: SideVocabulary = NO_SIDE,
 ) -> Rows:
     """Look up the items of a batch and set aside the rows that cannot be scored.
 
@@ -114,6 +134,7 @@ def decode(
         fragment: where the rows are from, for what is set aside.
         first_row: number of the batch's first row in the fragment.
         limits: which whole rows are to be scored.
+        side: gives the indices of the values of ``columns.side``. A row without a list has unknown values.
     """
     users = plain(batch.column(columns.user))
     no_lists = pa.repeat(pa.scalar([], pa.list_(pa.null())), len(batch))
@@ -123,39 +144,68 @@ def decode(
     )
 
     reason = np.full(len(batch), -1)
-    _mark(reason, Reason.NULL_USER, _is_null(users))
-    _mark(reason, Reason.NULL_HISTORY, history.is_null)
-    _mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
-    _mark(reason, Reason.NULL_DENIED, denied.is_null)
-    _mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
-    _mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
-    _mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
-    _mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
+    mark(reason, Reason.NULL_USER, is_null(users))
+    mark(reason, Reason.NULL_HISTORY, history.is_null)
+    mark(reason, Reason.NULL_HISTORY_ITEM, history.holds_null)
+    for name in columns.side:
+        lengths = pc.list_value_length(batch.column(name)).fill_null(-1).to_numpy(zero_copy_only=False)
+        mark(reason, Reason.OTHER_LENGTH, (lengths >= 0) & (lengths != history.lengths))
+    mark(reason, Reason.NULL_DENIED, denied.is_null)
+    mark(reason, Reason.NULL_DENIED_ITEM, denied.holds_null)
+    mark(reason, Reason.NULL_CANDIDATES, candidates.is_null)
+    mark(reason, Reason.NULL_CANDIDATE, candidates.holds_null)
+    mark(reason, Reason.TOO_MANY_CANDIDATES, candidates.lengths > limits.max_candidates)
     unknown_items = history.unknown(reason < 0)
     if not limits.keep_empty:
-        _mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
+        mark(reason, Reason.EMPTY_HISTORY, history.num_known == 0)
     keep = reason < 0
     unknown_candidates = candidates.unknown(keep)
-
-    def located(rows: np.ndarray, name: str, column: pa.Array) -> pa.Table:
-        user = users.take(pa.array(rows)).cast(pa.string())
-        where = {"fragment": pa.repeat(pa.scalar(fragment), len(rows)), "row": pa.array(rows + first_row)}
-        return pa.table({"user_id": user, name: column.cast(pa.string()), **where})
-
-    aside = np.flatnonzero(~keep)
     return Rows(
         num_read=len(batch),
         users=users.filter(pa.array(keep)),
         history=history.known(keep),
         candidates=candidates.known(keep),
         denied=denied.known(keep),
+        side_ids=_side_ids(batch, columns.side, side, history, keep),
         unknown_history_items=len(unknown_items),
         unknown_candidates=located(
-            candidates.rows[unknown_candidates], "item_id", candidates.values.take(pa.array(unknown_candidates))
+            users,
+            candidates.rows[unknown_candidates],
+            "item_id",
+            candidates.values.take(pa.array(unknown_candidates)),
+            fragment,
+            first_row,
         ),
-        set_aside=located(aside, "reason", pa.array(_REASONS[reason[aside]], pa.string())),
+        set_aside=set_aside(users, reason, fragment, first_row),
         kept=[plain(batch.column(name)).filter(pa.array(keep)) for name in columns.kept],
     )
+
+
+def set_aside(users: pa.Array, reason: np.ndarray, fragment: str, first_row: int) -> pa.Table:
+    """List the rows that have a reason (place in `Reason`; -1: none): user_id, reason, fragment, row."""
+    aside = np.flatnonzero(reason >= 0)
+    return located(users, aside, "reason", pa.array(_REASONS[reason[aside]], pa.string()), fragment, first_row)
+
+
+def located(users: pa.Array, rows: np.ndarray, name: str, column: pa.Array, fragment: str, first_row: int) -> pa.Table:
+    """Say of whom, and where in the input, values of some rows of a batch are."""
+    user = users.take(pa.array(rows)).cast(pa.string())
+    where = {"fragment": pa.repeat(pa.scalar(fragment), len(rows)), "row": pa.array(rows + first_row)}
+    return pa.table({"user_id": user, name: column.cast(pa.string()), **where})
+
+
+def _side_ids(
+    batch: pa.RecordBatch, names: Sequence[str], side: SideVocabulary, history: "_Lists", keep: np.ndarray
+) -> np.ndarray:
+    """Look up the side features of the known items of the rows to keep, whose lists are as long as the history or null."""
+    is_event = (history.indices >= 0) & keep[history.rows]
+    side_ids = np.zeros((is_event.sum(), len(names)), np.int64)
+    for place, name in enumerate(names):
+        column = batch.column(name)
+        has_list = keep & ~is_null(column)
+        values = column.filter(pa.array(has_list)).flatten()
+        side_ids[has_list[history.rows[is_event]], place] = side.encode(name, values)[is_event[has_list[history.rows]]]
+    return side_ids
 
 
 def plain(array: pa.Array) -> pa.Array:
@@ -183,9 +233,9 @@ class _Lists:
         self.values = plain(column.flatten())
         self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
-        self.is_null = _is_null(column)
+        self.is_null = is_null(column)
         self.holds_null = np.zeros(len(column), dtype=bool)
-        self.holds_null[self.rows[_is_null(self.values)]] = True
+        self.holds_null[self.rows[is_null(self.values)]] = True
         self.num_known = np.bincount(self.rows[self.indices >= 0], minlength=len(column))
 
     def known(self, keep: np.ndarray) -> Ragged:
@@ -197,10 +247,11 @@ class _Lists:
         return np.flatnonzero((self.indices < 0) & keep[self.rows])
 
 
-def _is_null(array: pa.Array) -> np.ndarray:
+def is_null(array: pa.Array) -> np.ndarray:
+    """Say which values are null: bool ``[N]``."""
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _mark(reason: np.ndarray, why: Reason, rows: np.ndarray) -> None:
+def mark(reason: np.ndarray, why: Reason, rows: np.ndarray) -> None:
     """Note a reason for the rows that have none yet."""
     reason[rows & (reason < 0)] = list(Reason).index(why)

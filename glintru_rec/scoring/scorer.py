@@ -12,11 +12,12 @@ from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.scoring.catalog import catalog_of, items_left, stretches_of
 from glintru_rec.scoring.config import ScoreConfig
-from glintru_rec.scoring.fragments import Fragment
+from glintru_rec.scoring.fragments import Fragment, InputFile, open_fragments
 from glintru_rec.scoring.index import IndexedCatalog, IndexReport
+from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each
 from glintru_rec.scoring.ranks import on_first, rank_and_size
-from glintru_rec.scoring.rows import Limits, Rows
+from glintru_rec.scoring.rows import Columns, Limits, Rows
 from glintru_rec.scoring.split import SplitCatalog
 
 # What an index is measured on: the first rows of so many files, in batches of so many.
@@ -52,10 +53,10 @@ class Scorer:
             self._catalog = catalog_of(artifact, left)
         self._left = left
 
-    @property
-    def items(self) -> np.ndarray:
-        """The vocabulary indices of the items that the job may give, int64, ascending."""
-        return np.arange(self._artifact.vocabulary.num_items) if self._left is None else self._left
+    def item_fragments(self) -> dict[str, Fragment]:
+        """Give the items that are written, where these are the input (see `glintru_rec.scoring.item_vectors`)."""
+        vocabulary = self._artifact.vocabulary
+        return item_fragments(np.arange(vocabulary.num_items) if self._left is None else self._left, vocabulary)
 
     def prepare(self, fragments: list[Fragment]) -> IndexReport | None:
         """Open the index, where the search is approximate, and measure it on some users of the input.
@@ -118,13 +119,33 @@ class Scorer:
         for fragment in some:
             num_read = 0
             try:
-                for rows in fragment.read(min(share, _SAMPLED_ROWS), self._artifact.vocabulary, limits):
+                artifact, batch_size = self._artifact, min(share, _SAMPLED_ROWS)
+                for rows in fragment.read(batch_size, artifact.vocabulary, limits, artifact.side):
                     yield rows
                     num_read += rows.num_read
                     if num_read >= share:
                         break
             except InputError:
                 continue
+
+    def open(self, files: list[InputFile]) -> dict[str, Fragment | InputError]:
+        """Open all files of the input (see `open_fragments`)."""
+        config, artifact = self._config, self._artifact
+        candidates_column = config.candidates_column if config.mode == "candidates" else None
+        columns = Columns(
+            config.user_column,
+            config.history_column,
+            candidates_column,
+            config.deny_column or None,
+            side=tuple(artifact.side.names),
+            kept=tuple(config.keep_columns),
+        )
+        return open_fragments(files, columns, artifact.vocabulary)
+
+    def read(self, fragment: Fragment) -> Iterator[Rows]:
+        """Read a fragment, a batch at a time."""
+        limits = Limits(self._config.max_candidates, keep_empty=self._config.empty_history == "popular")
+        return fragment.read(self._config.batch_size, self._artifact.vocabulary, limits, self._artifact.side)
 
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output."""
@@ -152,15 +173,15 @@ class Scorer:
         item_ids, lengths, candidates, candidate_lengths = (
             torch.from_numpy(array).to(config.device) for array in (*rows.history, *rows.candidates)
         )
+        side = self._side(rows)
         is_empty = lengths == 0
         if config.mode in ("encode", "items"):
-            vectors = (
-                artifact.module.vectors_of(item_ids) if config.mode == "items" else artifact.module.encode(item_ids, lengths)
-            )
+            vectors_of, encode = artifact.module.vectors_of, artifact.module.encode
+            vectors = vectors_of(item_ids) if config.mode == "items" else encode(item_ids, lengths, *side)
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.cpu().numpy().ravel()), vectors.size(1))
             return pa.table([rows.users, embedding], schema=self.schema(rows.users.type))
         if config.mode == "candidates":
-            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths)
+            scores = artifact.module.score(item_ids, lengths, candidates, candidate_lengths, *side)
             if self._counts is not None:
                 of_empty = is_empty.repeat_interleave(candidate_lengths)
                 scores[of_empty] = self._counts[candidates[of_empty]]
@@ -170,11 +191,16 @@ class Scorer:
             best[is_empty], best_scores[is_empty] = self._popular, self._counts[self._popular]
         return ranked_table(rows.users, best, best_scores, artifact)
 
+    def _side(self, rows: Rows) -> tuple[Tensor, ...]:
+        """Give what comes after a method's histories."""
+        # Artifacts of models without side features may be of a time when no method took any.
+        return (torch.from_numpy(rows.side_ids).to(self._config.device),) if self._artifact.side.names else ()
+
     def _question(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, int]:
         """Give the arguments of ``top_k_of`` for a batch."""
         config, artifact = self._config, self._artifact
         item_ids, lengths = (torch.from_numpy(array).to(config.device) for array in rows.history)
-        query = artifact.module.encode(item_ids, lengths)
+        query = artifact.module.encode(item_ids, lengths, *self._side(rows))
         out, out_lengths = (item_ids, lengths) if config.exclude_seen else (item_ids[:0], torch.zeros_like(lengths))
         if config.deny_column:
             denied, denied_lengths = (torch.from_numpy(array).to(config.device) for array in rows.denied)

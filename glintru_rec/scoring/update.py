@@ -100,8 +100,9 @@ def update_states(config: ScoreConfig, progress: Callable[[int, int], None] | No
     output = Path(config.output).absolute()
     artifact = Artifact.load(config.artifact, config.device)
     _check_recurrent(artifact)
-    files = open_events(config.input, _columns(config))
-    identity = _identity(config, files)
+    columns = LogColumns(config.user_column, config.item_column, config.time_column, tuple(artifact.side.names))
+    files = open_events(config.input, columns)
+    identity = _identity(config, columns, files)
     with StateStore(Path(config.state), artifact.fingerprint) as store:
         if store.finish_last_update() == (identity, output) and (output / SUCCESS_FILE).exists():
             written = json.loads((output / REPORT_FILE).read_text())
@@ -109,7 +110,7 @@ def update_states(config: ScoreConfig, progress: Callable[[int, int], None] | No
         check_free("output", output)
         aside = make_aside(output)
         try:
-            report = _fill(aside, files, store, artifact, config, progress, start)
+            report = _fill(aside, files, columns, store, artifact, config, progress, start)
             sync(aside)
             store.commit(identity, output, aside)
         except BaseException:
@@ -118,10 +119,6 @@ def update_states(config: ScoreConfig, progress: Callable[[int, int], None] | No
             raise
         publish(aside, output)
     return report
-
-
-def _columns(config: ScoreConfig) -> LogColumns:
-    return LogColumns(config.user_column, config.item_column, config.time_column)
 
 
 def _check_recurrent(artifact: Artifact) -> None:
@@ -136,16 +133,17 @@ def _check_recurrent(artifact: Artifact) -> None:
         )
 
 
-def _identity(config: ScoreConfig, files: list[LogFile]) -> str:
+def _identity(config: ScoreConfig, columns: LogColumns, files: list[LogFile]) -> str:
     """Tell an update from all others, wherever its files lie."""
     contents = [sha256_of(file.path) for file in files]
-    settings = [tuple(_columns(config)), config.top_k, config.exclude_seen]
+    settings = [tuple(columns), config.top_k, config.exclude_seen]
     return hashlib.sha256(json.dumps([contents, settings]).encode()).hexdigest()
 
 
 def _fill(
     aside: Path,
     files: list[LogFile],
+    columns: LogColumns,
     store: StateStore,
     artifact: Artifact,
     config: ScoreConfig,
@@ -155,7 +153,7 @@ def _fill(
     """Apply the events to the store, uncommitted, and write the whole output."""
     events_applied = users_updated = unknown_items = users_done = 0
     with scratch_database(aside / ".work") as db:
-        events = Events(db, files, _columns(config), artifact.vocabulary)
+        events = Events(db, files, columns, artifact.vocabulary)
         store.use(events.user_type, events.time_unit)
         schema = ranked_schema(pa.int64() if events.user_type == "int64" else pa.string(), artifact)
         with FragmentWriter(aside, OUTPUT_FILE, schema) as written:
@@ -228,9 +226,11 @@ def _apply(batch: EventBatch, store: StateStore, artifact: Artifact, config: Sco
     after_last = pairs.ragged(np.union1d(still_last, new[times == last_time[rows]]), num_users)
     seen = _select(after_seen, acted)
 
-    query, state = module.advance(
-        *(torch.from_numpy(array).to(config.device) for array in (indices, lengths[acted], before.state[acted]))
-    )
+    inputs = [indices, lengths[acted], before.state[acted]]
+    if artifact.side.names:
+        side_ids = [artifact.side.encode(name, values) for name, values in zip(artifact.side.names, batch.side)]
+        inputs.append(np.stack(side_ids, axis=1)[applies])
+    query, state = module.advance(*(torch.from_numpy(array).to(config.device) for array in inputs))
     users = batch.users.take(pa.array(acted))
     after = UserStates(
         state.cpu().numpy(), last_time[acted], (before.num_events + lengths)[acted], seen, _select(after_last, acted)

@@ -1,5 +1,6 @@
 """Make a model as a config says: fresh for training, sharded with a checkpoint's weights, or plain in one process."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,34 +14,50 @@ from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
 from glintru_rec.data.reader import Ranks, RowGroupBatches
 from glintru_rec.data.reader_dataset import RowGroupDataset
+from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import build_encoder
+from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.errors import InputError
 from glintru_rec.losses import LogUniform, NegativeSampler, Popularity, Uniform
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, from_first_rank, load_checkpoint, load_plain, read_state
-from glintru_rec.training.config import DataConfig, LossConfig, TrainConfig
+from glintru_rec.training.config import LossConfig, TrainConfig
 from glintru_rec.training.processes import gather_numbers, join_ids, sum_counts
 
 
-def build_model(config: TrainConfig, num_items: int, device: torch.device) -> SequenceModel:
-    """Make a fresh model; the weights follow from ``config.trainer.seed``."""
+def build_model(config: TrainConfig, num_items: int, device: torch.device, side_sizes: Sequence[int] = ()) -> SequenceModel:
+    """Make a fresh model; the weights follow from ``config.trainer.seed``.
+
+    Args:
+        config: of the run.
+        num_items: of the catalog.
+        device: of everything but a table that will be sharded.
+        side_sizes: rows of the tables of ``config.model.side_features`` (see `SideVocabulary.sizes`).
+    """
     torch.manual_seed(config.trainer.seed)
     encoder = build_encoder(config.model.encoder, config.model.embedding_dim, config.model.options).to(device)
     item_bias = config.model.item_bias
     table = build_table(num_items, config.model.embedding_dim, config.table, device, item_bias)
-    return SequenceModel(table, encoder, config.model.similarity, item_bias)
+    # Drawn last: the other weights are those of a model without side features.
+    side = SideEmbeddings(side_sizes, config.model.embedding_dim, config.table.init_std).to(device)
+    return SequenceModel(table, encoder, config.model.similarity, item_bias, side)
 
 
-def build_distributed(config: TrainConfig, num_items: int, device: torch.device) -> DistributedModelParallel:
-    """Make a fresh model on all ranks, its table sharded or replicated as ``config.table`` says."""
-    return distribute(build_model(config, num_items, device), config.table, device, config.trainer.seed)
+def build_distributed(
+    config: TrainConfig, num_items: int, device: torch.device, side_sizes: Sequence[int] = ()
+) -> DistributedModelParallel:
+    """Make a fresh model (see `build_model`) on all ranks, its table sharded or replicated as ``config.table`` says."""
+    return distribute(build_model(config, num_items, device, side_sizes), config.table, device, config.trainer.seed)
 
 
-def open_dataset(data: DataConfig) -> SequenceDataset | RowGroupDataset:
-    """Open ``data.path``, in memory or on the disk as ``data.reader`` says."""
-    return SequenceDataset.open(data.path) if data.reader == "memory" else RowGroupDataset.open(data.path, data.row_groups_held)
+def open_dataset(config: TrainConfig) -> SequenceDataset | RowGroupDataset:
+    """Open ``data.path``, in memory or on the disk as ``data.reader`` says, with the side features that the model reads."""
+    data, side_features = config.data, config.model.side_features
+    if data.reader == "memory":
+        return SequenceDataset.open(data.path, side_features)
+    return RowGroupDataset.open(data.path, data.row_groups_held, side_features)
 
 
 def build_batches(
@@ -53,8 +70,16 @@ def build_batches(
     if isinstance(dataset, RowGroupDataset):
         ranks = Ranks(rank, world_size, gather_numbers, sum_counts)
         return RowGroupBatches(dataset, *sizes, ranks, causal, data.reversed_share, data.reversed_epochs)
-    sequences = dataset.train_sequences()
-    return TrainingBatches(*sequences, *sizes, rank, world_size, causal, data.reversed_share, data.reversed_epochs)
+    return TrainingBatches(
+        *dataset.train_sequences(),
+        *sizes,
+        rank,
+        world_size,
+        causal,
+        data.reversed_share,
+        data.reversed_epochs,
+        side_ids=dataset.train_side_ids(),
+    )
 
 
 def build_negatives(
@@ -90,24 +115,34 @@ def load_run(run_dir: Path, checkpoint: Path) -> tuple[TrainConfig, RunState]:
 
 
 def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
-    """Raise an `InputError` unless a run's item table belongs to the dataset's vocabulary."""
+    """Raise an `InputError` unless a run's tables belong to the dataset's vocabularies."""
     if dataset.manifest["vocabulary_sha256"] != state.vocabulary_sha256:
         raise InputError(
             f"{run_dir} was trained on another vocabulary (sha256 {state.vocabulary_sha256[:12]}…) than the dataset's "
             f"({dataset.manifest['vocabulary_sha256'][:12]}…): its item table does not belong to these items"
         )
+    trained = SideVocabulary.load(run_dir).values
+    for name, values in dataset.side.values.items():
+        if trained.get(name, values) != values:
+            raise InputError(
+                f"{run_dir} was trained with {len(trained[name])} values of side feature {name!r}, and they are not the "
+                f"{len(values)} of the dataset: its table does not belong to these"
+            )
 
 
 def load_distributed(
     run_dir: Path, dataset: SequenceDataset, device: torch.device
 ) -> tuple[TrainConfig, DistributedModelParallel]:
-    """Make the model of a run on all ranks, with the weights of its best checkpoint."""
+    """Make the model of a run on all ranks, with the weights of its best checkpoint.
+
+    The dataset was opened with the run's side features.
+    """
     checkpoint = _agreed_best(run_dir)
     config, state = load_run(run_dir, checkpoint)
     check_vocabulary(dataset, state, run_dir)
     if device.type == "cpu":  # a run that kept rows in main memory beside a GPU has them there
         config = replace(config, table=replace(config.table, kernel="fused"))
-    model = build_distributed(config, dataset.num_items, device)
+    model = build_distributed(config, dataset.num_items, device, dataset.side.sizes)
     load_checkpoint(checkpoint, model)
     return config, model
 
@@ -155,6 +190,7 @@ def load_unsharded(run_dir: Path) -> PlainRun:
         raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")
     table = replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32", kernel="fused")
     plain = replace(config, table=table)
-    model = build_model(plain, vocabulary.num_items, torch.device("cpu"))
+    side = SideVocabulary.load(run_dir).choose(config.model.side_features)
+    model = build_model(plain, vocabulary.num_items, torch.device("cpu"), side.sizes)
     load_plain(checkpoint, model)
     return PlainRun(config, state, vocabulary, model.eval())

@@ -62,6 +62,9 @@ class ModelConfig:
         embedding_dim: width D of item embeddings and encoder, a multiple of 4.
         similarity: ``dot``, or ``cosine`` (choose ``loss.temperature`` near 0.05 then).
         item_bias: learn a bias of each item, which is added to all its scores; needs ``similarity=dot``.
+        side_features: what the encoder reads of each event besides its item: columns of the log that the dataset was prepared
+            with (``side_columns`` of the program prepare). Their embeddings are added to the item's; an item to predict has
+            none.
         options: further arguments of the encoder's class.
     """
 
@@ -69,10 +72,13 @@ class ModelConfig:
     embedding_dim: int = 64
     similarity: str = "dot"
     item_bias: bool = False
+    side_features: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         check("model.embedding_dim", self.embedding_dim, self.embedding_dim >= 4, "at least 4")
+        side = list(self.side_features)
+        check("model.side_features", side, len(set(side)) == len(side), "names of columns, each once")
         check_similarity(self.similarity, self.item_bias)
 
 
@@ -269,7 +275,8 @@ class TrainConfig:
     def model_fingerprint(self) -> str:
         """Hash what a checkpoint's tensors depend on: the model's config, not how it is trained."""
         model = asdict(self.model)
-        if not self.model.item_bias:
-            del model["item_bias"]  # checkpoints older than the option are of this model
+        for option in ("item_bias", "side_features"):
+            if not model[option]:
+                del model[option]  # checkpoints older than the option are of this model
         described = {"model": model, "max_seq_len": self.data.max_seq_len}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

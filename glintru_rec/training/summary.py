@@ -53,9 +53,10 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def count_parameters(model: SequenceModel, num_items: int) -> dict[str, int]:
-    """Count the trained numbers of the encoder and of the whole item table, whatever share of it this rank holds."""
+    """Count the trained numbers of encoder, side features and whole item table, whatever share of it this rank holds."""
     encoder = sum(parameter.numel() for parameter in model.encoder.parameters() if parameter.requires_grad)
-    return {"encoder": encoder, "table": num_items * model.vector_dim}
+    side = sum(parameter.numel() for parameter in model.side.parameters())
+    return {"encoder": encoder, "table": num_items * model.vector_dim, **({"side": side} if side else {})}
 
 
 def _peak_resident_bytes() -> int:

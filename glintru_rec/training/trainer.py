@@ -50,7 +50,7 @@ class Trainer:
         self.run_dir = Path(config.output)
         self.num_items = dataset.num_items
         check_has_cases(dataset.num_cases, "valid")  # now, not after the first epoch
-        self.model = build_distributed(config, self.num_items, device)
+        self.model = build_distributed(config, self.num_items, device, dataset.side.sizes)
         # A run that goes on has weights of its own.
         if config.trainer.init_from and from_first_rank(lambda: newest_checkpoint(self.run_dir)) is None:
             warm_start(self.model, Path(config.trainer.init_from), dataset)
@@ -224,16 +224,17 @@ class Trainer:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
         item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
+        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
         if self.whole_catalog:
             own = answered_ids(self.num_items)  # all ranks together have all
             own_ids = torch.arange(own.start, own.stop, device=self.device)
-            output = self.model(item_ids, offsets, own_ids, loss.horizon, loss.horizon_decay)
+            output = self.model(item_ids, offsets, own_ids, loss.horizon, loss.horizon_decay, side_ids)
             vectors = (output.query, output.aim, output.negatives)
             return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
-        output = self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay)
+        output = self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
         return self.sampled_softmax(
             output.query,
             output.positive,
