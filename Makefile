@@ -1,10 +1,12 @@
 # make train   MovieLens-100K from log to ranked candidates      make test   the tests
 # make lint    ruff and mypy                                     make setup  the virtual environment alone
 # make format  rewrite the code as `make lint` wants it          make clean  remove what `make train` made
+# make doctor  is all here that training needs?                  make docs   the documentation, docs/_build/html
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/.ready
+EXAMINED := $(VENV)/.examined
 PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 OUT := outputs/ml100k
 
@@ -19,7 +21,7 @@ endif
 
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: setup train test lint format clean
+.PHONY: setup doctor train test lint format docs clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -35,10 +37,18 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) install --no-deps "$(TORCHREC)"
 	@touch $(READY)
 
+doctor: $(READY)
+	python tools/doctor.py
+
+# Once for each setup: a machine that lacks something says so in one line, before the first download.
+$(EXAMINED): $(READY) tools/doctor.py
+	python tools/doctor.py
+	@touch $(EXAMINED)
+
 train: $(OUT)/scores/_SUCCESS $(OUT)/evaluation.json
 	@python tools/summary.py $(OUT)
 
-$(OUT)/log/ml-100k/ml-100k.inter: | $(READY)
+$(OUT)/log/ml-100k/ml-100k.inter: | $(EXAMINED)
 	python tools/fetch_ml100k.py $(OUT)/log
 
 $(OUT)/dataset/manifest.json: $(OUT)/log/ml-100k/ml-100k.inter
@@ -74,6 +84,10 @@ lint: $(READY)
 format: $(READY)
 	ruff check --fix .
 	ruff format .
+
+docs: $(READY)
+	python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 clean:
 	rm -rf outputs/ml100k

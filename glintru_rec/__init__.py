@@ -1,27 +1,42 @@
 """Causal, ragged, recurrent sequence encoders for sequential recommendation over very large catalogs.
 
-The encoders need torch alone. What needs TorchRec is imported when it is first asked for.
+The names here are the public ones, and stay. The encoders need torch alone; what needs more is imported when it is first
+asked for.
 """
 
 import importlib
+from importlib.metadata import version
 from typing import Any
 
 from glintru_rec.encoders import GlintRU, LRURec, RecGRELA, SASRec
+from glintru_rec.errors import InputError
 
-_WITH_TORCHREC = ("RankingModel", "RankingModelConfig", "SequenceTower", "load_encoder")
+# Where the other public names are; `__init__.pyi` lists them for type checkers.
+_ELSEWHERE = {
+    "full_softmax": "glintru_rec.losses",
+    "sampled_softmax": "glintru_rec.losses",
+    "SequenceDataset": "glintru_rec.data.dataset",
+    "Artifact": "glintru_rec.export",
+    "RankingModel": "glintru_rec.ranking",
+    "RankingModelConfig": "glintru_rec.ranking",
+    "SequenceTower": "glintru_rec.ranking",
+    "load_encoder": "glintru_rec.ranking",
+}
 
 # Without the others: `from glintru_rec import *` works with torch alone.
-__all__ = ["GlintRU", "LRURec", "RecGRELA", "SASRec"]
+__all__ = ["GlintRU", "InputError", "LRURec", "RecGRELA", "SASRec"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WITH_TORCHREC:
+    if name == "__version__":
+        return version("glintru_rec")
+    if name in _ELSEWHERE:
         try:
-            return getattr(importlib.import_module("glintru_rec.ranking"), name)
+            return getattr(importlib.import_module(_ELSEWHERE[name]), name)
         except ImportError as error:  # AttributeError is what hasattr understands
             raise AttributeError(f"glintru_rec.{name} needs glintru_rec installed with TorchRec: {error}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WITH_TORCHREC})
+    return sorted({*globals(), *_ELSEWHERE, "__version__"})

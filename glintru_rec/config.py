@@ -9,7 +9,7 @@ from glintru_rec.errors import InputError
 
 Schema = TypeVar("Schema")
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"  # in a checkout a link to configs/, in a wheel its files
 
 
 def check(key: str, value: Any, holds: bool, allowed: str) -> None:
@@ -68,7 +68,7 @@ def _compose(program: str, schema: type[Any], overrides: Sequence[str]) -> Any:
     from hydra.core.global_hydra import GlobalHydra
 
     if not (CONFIG_DIR / f"{program}.yaml").is_file():
-        raise InputError(f"no {program}.yaml in {CONFIG_DIR}: run from a checkout, where configs/ lies beside glintru_rec/")
+        raise InputError(f"no {program}.yaml in {CONFIG_DIR}: glintru_rec is not installed whole, or the link is broken")
     ConfigStore.instance().store(name=f"{program}_schema", node=schema)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

@@ -24,7 +24,7 @@ class Blocked:
             raise ImportError(name + " is blocked")
 
 sys.meta_path.insert(0, Blocked())
-exec(compile(sys.argv[1], "README", "exec"))
+exec(compile(sys.argv[1], "ranking.md", "exec"))
 assert not [name for name in sys.modules if name.split(".")[0] in {BLOCKED}]
 
 torch.manual_seed(0)
@@ -46,20 +46,19 @@ print("done")
 """
 
 
-def readme_block(marker: str) -> str:
-    """The Python block of the README that holds a text."""
-    (block,) = [
-        code for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S) if marker in code
-    ]
+def page_block(marker: str) -> str:
+    """The Python block of the page on ranking that holds a text."""
+    text = (REPOSITORY / "docs" / "ranking.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if marker in code]
     return block
 
 
 def test_the_recipe_needs_torch_alone(run_dir, tmp_path):
-    """The README's model trains where neither TorchRec nor fbgemm can be imported, from the weights of a run."""
+    """The page's model trains where neither TorchRec nor fbgemm can be imported, from the weights of a run."""
     encoder = load_encoder(run_dir)
     assert (encoder.width, encoder.blocks[0].attention.num_heads) == (16, 2)
     torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
-    recipe = readme_block("class MyModel").replace("GlintRU(width)", "GlintRU(width, num_heads=2)")
+    recipe = page_block("class MyModel").replace("GlintRU(width)", "GlintRU(width, num_heads=2)")
     command = [sys.executable, "-c", TORCH_ALONE, recipe, str(tmp_path / "encoder.pt")]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environment())
     assert result.stdout.strip() == "done", result.stderr[-2000:]
@@ -75,9 +74,9 @@ def test_a_runs_encoder_in_a_torchrec_model_on_two_ranks(run_dir):
     assert result.stdout.count("learnt") == 2
 
 
-def test_the_readmes_tower():
+def test_the_pages_tower():
     names = {"torch": torch}
-    exec(compile(readme_block("tower = SequenceTower("), "README", "exec"), names)
+    exec(compile(page_block("tower = SequenceTower("), "ranking.md", "exec"), names)
     assert [output.shape for output in (names["query"], names["attended"])] == [(3, 32), (3, 32)]
     assert glintru_rec.SequenceTower is names["SequenceTower"]
     assert {*glintru_rec.__all__, "SequenceTower", "load_encoder"} <= set(dir(glintru_rec))

@@ -276,3 +276,19 @@ def test_a_run_that_is_not_whole_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the exported model differs from the trained one by"):
         export_run(ExportConfig(checkpoint=str(folder / "concat"), output=str(tmp_path / "artifact")))
     assert not (tmp_path / "artifact").exists()
+
+
+def test_a_run_does_not_go_on_with_other_features(folder, tmp_path):
+    shutil.copytree(folder / "dataset", tmp_path / "dataset")
+    paths = [f"data.path={tmp_path / 'dataset'}", f"output={folder / 'no tower'}", "trainer.resume=true"]
+    small = ["task=ranking", "tower.width=16", "model.embedding_dim=8", "trainer.max_epochs=1", "table=replicated"]
+    config = compose("train_ranking", RankingConfig, [*small, *KINDS["no tower"], *paths])
+    users = tmp_path / "dataset/vocabulary/sparse.user.parquet"
+    pq.write_table(pq.read_table(users).sort_by([("value", "descending")]), users)
+    with pytest.raises(InputError, match="was trained with other values of sparse:user"):
+        train_ranking(config)
+    manifest = json.loads((tmp_path / "dataset/manifest.json").read_text())
+    manifest["dense"]["before"]["mean"] += 1
+    (tmp_path / "dataset/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was trained with other dense than"):
+        train_ranking(config)

@@ -81,7 +81,7 @@ def run_pairs(pairs: list[Pair], jobs: int, lock: int) -> dict[str, str]:
                         failures[str(pair)] = str(error)
                     print(f"{left}  {pair}: {error or _figures(pair)}", flush=True)
                 for name, (_, log) in [] if ended else list(processes.items()):
-                    print(f"{left}  {name}: {_last_line(log)}", flush=True)
+                    print(f"{left}  {name}: {last_line(log)}", flush=True)
         except BaseException:  # also Ctrl-C and SIGTERM: a training left behind would hold the machine for hours
             pool.shutdown(wait=False, cancel_futures=True)
             for process, _ in list(processes.values()):
@@ -117,7 +117,7 @@ def run_pair(pair: Pair, jobs: int, environment: dict[str, str], lock: int, proc
             finally:
                 del processes[str(pair)]
         if status:
-            raise FailedProgram(f"{program} failed (exit status {status}): {_last_line(log)}  [{log}]")
+            raise FailedProgram(f"{program} failed (exit status {status}): {last_line(log)}  [{log}]")
 
     run("train", *pair.arguments)
     where = [f"checkpoint={run_dir}", f"data.path={pair.config.data.path}", f"output={evaluation}"]
@@ -184,8 +184,8 @@ def write_tables(listed: LeaderboardList, pairs: list[Pair], dataset: dict[str, 
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[int]:
-    """Hold the output folder; programs that inherit the lock hold it too, and outlive a killed leaderboard with it."""
+def locked(output: Path, what: str = "leaderboard") -> Iterator[int]:
+    """Hold the output folder; programs that inherit the lock hold it too, and outlive a killed ``what`` with it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,7 +194,7 @@ def locked(output: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"output={output} is in use by another leaderboard, or a training that one left behind") from error
+            raise InputError(f"output={output} is in use by another {what}, or a training that one left behind") from error
         yield file.fileno()
 
 
@@ -270,7 +270,8 @@ def _figures(pair: Pair) -> str:
     return "  ".join(f"{name} {result['metrics'][name]:.4f}" for name in ("hr@10", "ndcg@10")) + "  (test)"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """Give the last line of a program's output that says anything."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line for line in reversed(lines) if line.strip()), "")
 

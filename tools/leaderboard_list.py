@@ -155,6 +155,6 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
             yield from walk(f"{prefix}.{key}" if prefix else key, inner)
 
     places = ("output", "data.path", "trainer.resume")
-    flat = {key: value for key, value in walk("", asdict(config)) if key not in places}
+    flat = {key: value for key, value in walk("", asdict(config)) if key not in places and not key.startswith("logging.")}
     flat["trainer.init_from"] = bool(flat["trainer.init_from"])  # a run of the same board, wherever that lies
     return flat

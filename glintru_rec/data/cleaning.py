@@ -1,9 +1,9 @@
-"""The queries that turn a raw log into clean events, inside one DuckDB database.
+"""The queries that turn a raw log into clean events, one text for all engines (see `glintru_rec.data.engine`).
 
 ::
 
     files --stage--> log (position, *_raw) --clean--> event (position, user_id, item_id, time, reason)
-                                                        | reason IS NULL
+                                    earlier events --^  | reason IS NULL
                                                         +--drop_rare--> kept (position, user_key, item_key, time)
 
 ``position`` numbers the rows of the log, over all its files. It is a row's name everywhere below, and what breaks ties in time.
@@ -15,29 +15,22 @@ from dataclasses import dataclass
 
 import duckdb
 
+from glintru_rec.data.engine import Columns, Engine, RawColumn, fetch_one, read_log
 from glintru_rec.data.formats import Format, LogColumns, LogFile
 from glintru_rec.data.side_features import CATEGORICAL
 from glintru_rec.errors import InputError
 
 # No leading zeros: '007' and '7' may be two products, so a column with such ids is text.
 _INTEGER = "0|-?[1-9][0-9]*"
-_NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?"
+# What all engines read alike.
+_DATE = "[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}"
+_CLOCK = "([01]?[0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{1,9})?)?"
+_ZONE = "(Z| ?UTC|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?"
+_TIME = f"{_DATE}([ T]{_CLOCK}{_ZONE})?"
 _NARROW_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 # Largest number of seconds whose microseconds fit in int64.
 _MAX_SECONDS = 2**63 // 10**6
-
-
-@dataclass(frozen=True)
-class RawColumn:
-    """How one column of the log is staged.
-
-    Attributes:
-        kind: ``integer``, ``float``, ``timestamp`` or ``text``.
-        sql_type: the DuckDB type that holds all its values exactly.
-    """
-
-    kind: str
-    sql_type: str
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,14 @@ class Cleaned:
     time_unit: str
 
 
-def stage(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], names: LogColumns) -> tuple[RawColumn, RawColumn, RawColumn]:
+def stage(engine: Engine, files: Sequence[LogFile], names: LogColumns, first: int = 0) -> Columns:
     """Read the files into the table ``log``, in the log's order, every value still as it was written; side columns as text.
+
+    Args:
+        engine: with no tables of a log.
+        files: of the log.
+        names: its columns.
+        first: position of the first row.
 
     Returns:
         How the user, item and time columns are staged.
@@ -64,64 +63,72 @@ def stage(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], names: LogCol
     Raises:
         InputError: a file is corrupt, a column has a type that cannot be used, or its type changes between files.
     """
-    queries = [file.query(names) for file in files]
-    described = [_read(db, file, f"DESCRIBE {query}", parameters) for file, (query, parameters) in zip(files, queries)]
+    with duckdb.connect() as reader:
+        queries = [file.query(names) for file in files]
+        described = [read_log(reader, file, f"DESCRIBE {query[0]}", query[1]) for file, query in zip(files, queries)]
     # The first row of a description is the row number's.
-    columns = [
+    user, item, time = (
         _common_column(name, role < 3, [(file, str(description[role][1])) for file, description in zip(files, described)])
         for role, name in enumerate((names.user, names.item, names.time), start=1)
-    ]
+    )
     for place, name in enumerate(names.side):
         for file, description in zip(files, described):
             _check_side(name, file, str(description[4 + place][1]))
-    side = [f"side_{place}" for place in range(len(names.side))]
-    user, item, time = (column.sql_type for column in columns)
-    db.execute("CREATE TABLE file (path VARCHAR, first BIGINT, num_rows BIGINT)")
-    more = "".join(f", {column} VARCHAR" for column in side)
-    db.execute(f"CREATE TABLE log (position BIGINT, user_raw {user}, item_raw {item}, time_raw {time}{more})")
-    # A zoned or nanosecond timestamp becomes microseconds since 1970 in UTC.
-    time_raw = "epoch_us(time_raw)" if columns[2].kind == "timestamp" else "time_raw"
-    first = 0
-    for file, (query, parameters) in zip(files, queries):
-        values = ", ".join([f"{first} + row - 1, user_raw, item_raw, {time_raw}", *side])
-        insert = f"INSERT INTO log SELECT {values} FROM ({query})"
-        num_rows = _read(db, file, insert, parameters)[0][0]
-        db.execute("INSERT INTO file VALUES (?, ?, ?)", [str(file.path), first, num_rows])
-        first += num_rows
-    return columns[0], columns[1], columns[2]
+    engine.stage(files, names, (user, item, time), first)
+    return user, item, time
 
 
 def clean(
-    db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], names: LogColumns, columns: tuple[RawColumn, RawColumn, RawColumn]
+    engine: Engine,
+    files: Sequence[LogFile],
+    names: LogColumns,
+    columns: Columns,
+    expected: Cleaned | None = None,
+    earlier: str = "",
 ) -> Cleaned:
     """Give every row of ``log`` its typed values or the reason why it is set aside: the table ``event``.
+
+    Args:
+        engine: with the table ``log``.
+        files: of the log.
+        names: its columns.
+        columns: how they were staged.
+        expected: what the columns must be read as; None to find out.
+        earlier: query of clean events (position, time, user_id, item_id) that the log continues; their positions are lower.
+            They become events too, and repeats of them are duplicates.
 
     Returns:
         The types that the columns turned out to have.
 
     Raises:
-        InputError: an id column of a text log holds numbers with a fraction.
+        InputError: an id column of a text log holds numbers with a fraction, or a column is not what is expected.
     """
     parse = files[0].format is not Format.PARQUET  # parquet says itself what is a string
-    user_type = _id_type(db, "user", names.user, columns[0], parse)
-    item_type = _id_type(db, "item", names.item, columns[1], parse)
-    time, time_unit = _time(db, columns[2])
-    db.execute(f"""
-        CREATE TABLE event AS
+    user_type = _id_type(engine, "user", names.user, columns[0], parse, expected.user_type if expected else "")
+    item_type = _id_type(engine, "item", names.item, columns[1], parse, expected.item_type if expected else "")
+    time, time_unit = _time(engine, columns[2], expected.time_unit if expected else "")
+    cleaned = Cleaned(user_type, item_type, time_unit)
+    if expected is not None:
+        _check_expected(files, names, cleaned, expected)
+    union = f"UNION ALL SELECT position, time, user_id, item_id, CAST(NULL AS STRING) FROM ({earlier})" if earlier else ""
+    engine.create(
+        "event",
+        f"""
         WITH typed AS (
             SELECT position, {time} AS time,
                 {_id_value("user", user_type)} AS user_id, {_id_value("item", item_type)} AS item_id,
                 CASE {_id_reasons("user", columns[0], user_type)} {_id_reasons("item", columns[1], item_type)}
                      WHEN time_raw IS NULL THEN 'null_timestamp' WHEN {time} IS NULL THEN 'bad_timestamp' END AS reason
-            FROM log)
+            FROM log {union})
         SELECT position, user_id, item_id, time, CASE
             WHEN reason IS NULL AND row_number() OVER (PARTITION BY reason, user_id, item_id, time ORDER BY position) > 1
             THEN 'duplicate_event' ELSE reason END AS reason
-        FROM typed""")
-    return Cleaned(user_type, item_type, time_unit)
+        FROM typed""",
+    )
+    return cleaned
 
 
-def drop_rare(db: duckdb.DuckDBPyConnection, min_user_events: int, min_item_events: int) -> dict[str, int]:
+def drop_rare(engine: Engine, min_user_events: int, min_item_events: int) -> dict[str, int]:
     """Keep the largest set of events whose users and items all have enough of them: the table ``kept``.
 
     A key is the position where its user or item first appears among the clean rows, so that keys sort as the log does.
@@ -130,36 +137,37 @@ def drop_rare(db: duckdb.DuckDBPyConnection, min_user_events: int, min_item_even
         The number of events lost, by reason.
     """
     for role in ("user", "item"):
-        db.execute(f"""
-            CREATE TABLE {role}_name AS SELECT {role}_id, min(position) AS {role}_key
-            FROM event WHERE reason IS NULL GROUP BY {role}_id""")
-    db.execute("""
-        CREATE TABLE kept AS SELECT position, user_key, item_key, time
-        FROM event JOIN user_name USING (user_id) JOIN item_name USING (item_id) WHERE reason IS NULL""")
+        engine.create(
+            f"{role}_name",
+            f"SELECT {role}_id, min(position) AS {role}_key FROM event WHERE reason IS NULL GROUP BY {role}_id",
+        )
+    engine.create(
+        "kept",
+        """
+        SELECT position, user_key, item_key, time
+        FROM event JOIN user_name USING (user_id) JOIN item_name USING (item_id) WHERE reason IS NULL""",
+    )
     lost = {"rare_user": 0, "rare_item": 0}
     while True:
         before = sum(lost.values())
         for role, least in (("user", min_user_events), ("item", min_item_events)):
             rare = f"SELECT {role}_key FROM kept GROUP BY {role}_key HAVING count(*) < {least}"
-            lost[f"rare_{role}"] += _rows(db, f"DELETE FROM kept WHERE {role}_key IN ({rare})")[0][0]
+            lost[f"rare_{role}"] += engine.remove("kept", f"{role}_key", rare)
         if sum(lost.values()) == before:
             return lost
 
 
-def _read(db: duckdb.DuckDBPyConnection, file: LogFile, query: str, parameters: dict[str, object]) -> list[tuple]:
-    try:
-        return db.execute(query, parameters).fetchall()
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        # What follows the cause are hints about options of DuckDB that our user does not have.
-        cause = re.split(r"\n\s*\n|\nPossible", str(error))[0].replace("\n", "; ")
-        what = f"{str(file.path)!r} ({file.format}) cannot be read: {cause}"
-        raise InputError(f"{what}; correct it or write the file again") from error
-
-
-def _rows(db: duckdb.DuckDBPyConnection, query: str) -> list[tuple]:
-    return db.execute(query).fetchall()
+def _check_expected(files: Sequence[LogFile], names: LogColumns, cleaned: Cleaned, expected: Cleaned) -> None:
+    found = (cleaned.user_type, cleaned.item_type, cleaned.time_unit)
+    wanted = (expected.user_type, expected.item_type, expected.time_unit)
+    for name, is_type, must_be in zip(names, found, wanted):
+        if is_type != must_be:
+            hint = ""
+            if is_type == "as_given":  # so the dataset's are microseconds
+                hint = " (whole numbers, of a unit that nobody knows; write timestamps)"
+            raise InputError(
+                f"column {name!r} of {str(files[0].path)!r} is {is_type}{hint}, but the dataset's is {must_be}; write it so"
+            )
 
 
 def _common_column(name: str, is_id: bool, types: Sequence[tuple[LogFile, str]]) -> RawColumn:
@@ -176,7 +184,7 @@ def _common_column(name: str, is_id: bool, types: Sequence[tuple[LogFile, str]])
     if len(kinds) > 1:
         seen = ", ".join(f"{kind} in {str(file.path)!r}" for kind, file in kinds.items())
         raise InputError(f"column {name!r} changes its type between files: {seen}; write them with one type")
-    return next((column for column in found if column.sql_type == "HUGEINT"), next(iter(found)))
+    return next((column for column in found if column.sql_type == "DECIMAL(38,0)"), next(iter(found)))
 
 
 def _check_side(name: str, file: LogFile, sql_type: str) -> None:
@@ -189,37 +197,45 @@ def _raw_column(sql_type: str) -> RawColumn | None:
     if sql_type in _NARROW_INTEGERS:
         return RawColumn("integer", "BIGINT")
     if sql_type in ("UBIGINT", "HUGEINT") or re.fullmatch(r"DECIMAL\(\d+,0\)", sql_type):
-        return RawColumn("integer", "HUGEINT")
+        return RawColumn("integer", "DECIMAL(38,0)")
     if sql_type in ("FLOAT", "DOUBLE") or sql_type.startswith("DECIMAL"):
         return RawColumn("float", "DOUBLE")
     if sql_type.startswith("TIMESTAMP") or sql_type == "DATE":
         return RawColumn("timestamp", "BIGINT")
-    return RawColumn("text", "VARCHAR") if sql_type == "VARCHAR" else None
+    return RawColumn("text", "STRING") if sql_type == "VARCHAR" else None
 
 
-def _id_type(db: duckdb.DuckDBPyConnection, role: str, name: str, column: RawColumn, parse: bool) -> str:
+def _id_type(engine: Engine, role: str, name: str, column: RawColumn, parse: bool, expected: str) -> str:
+    """Find the type of an id column; text of a text log is whole numbers if all of it is, and text is not ``expected``."""
     if column.kind == "integer":
         return "int64"
-    if not parse:
+    if not parse or expected == "string":
         return "string"
     raw = f"{role}_raw"
-    number = f"regexp_full_match({raw}, '{_NUMBER}')"
+    is_integer, is_number = f"matches({raw}, '{_INTEGER}')", f"matches({raw}, '{_NUMBER}')"
     query = f"""
-        SELECT count(*), count(*) FILTER (regexp_full_match({raw}, '{_INTEGER}')), count(*) FILTER ({number}),
-            min(position) FILTER ({number} AND regexp_matches({raw}, '[.eE]'))
+        SELECT count(*), count(*) FILTER (WHERE {is_number}), min(position) FILTER (WHERE NOT {is_integer}),
+            min(position) FILTER (WHERE {is_number} AND ({raw} LIKE '%.%' OR lower({raw}) LIKE '%e%'))
         FROM log WHERE {raw} <> ''"""
-    total, integers, numbers, first_float = _rows(db, query)[0]
-    if integers == total:
+    total, numbers, first_text, first_float = engine.rows(query)[0]
+    if first_text is None:
         return "int64"
+    if expected:
+        raise InputError(f"column {name!r} holds {_where(engine, raw, first_text)}, but the dataset's ids are {expected}")
     if numbers == total and first_float is not None:
-        value = _rows(db, f"SELECT {raw} FROM log WHERE position = {first_float}")[0][0]
-        is_in = f"{first_float} >= first AND {first_float} < first + num_rows"
-        path, row = _rows(db, f"SELECT path, {first_float} - first + 1 FROM file WHERE {is_in}")[0]
         raise InputError(
-            f"column {name!r} holds floats as ids (first {value!r} in {path!r}, row {row}); "
+            f"column {name!r} holds floats as ids (first {_where(engine, raw, first_float)}); "
             f"a float cannot hold every id, so write whole numbers or text"
         )
     return "string"
+
+
+def _where(engine: Engine, raw: str, position: int) -> str:
+    """Write a value of the log, with its place."""
+    value = engine.rows(f"SELECT {raw} FROM log WHERE position = {position}")[0][0]
+    is_in = f"{position} >= first AND {position} < first + num_rows"
+    path, row = engine.rows(f"SELECT path, {position} - first + 1 FROM file WHERE {is_in}")[0]
+    return f"{value!r} in {path!r}, row {row}"
 
 
 def _id_value(role: str, id_type: str) -> str:
@@ -233,27 +249,33 @@ def _id_reasons(role: str, column: RawColumn, id_type: str) -> str:
     if column.kind == "text":
         reasons += f" WHEN {raw} = '' THEN 'empty_{role}'"
     if id_type == "int64":
-        negative = f"starts_with({raw}, '-')" if column.kind == "text" else f"{raw} < 0"
+        negative = f"{raw} LIKE '-%'" if column.kind == "text" else f"{raw} < 0"
         reasons += f" WHEN {negative} THEN 'negative_{role}' WHEN TRY_CAST({raw} AS BIGINT) IS NULL THEN '{role}_beyond_int64'"
     return reasons
 
 
-def _time(db: duckdb.DuckDBPyConnection, column: RawColumn) -> tuple[str, str]:
+def _time(engine: Engine, column: RawColumn, expected: str) -> tuple[str, str]:
     """Write the expression that gives a row's time as int64, NULL where it has none, and name its unit.
 
-    Whole numbers stay as they are. If one number of the log has a fraction, all are seconds and become microseconds, rounded.
-    Text is read as numbers or as dates, whichever most rows allow; dates without a zone are in UTC.
+    Whole numbers stay as they are. If one number of the log has a fraction, all are seconds and become microseconds, rounded;
+    so they are where microseconds are ``expected``. Text is read as numbers or as ISO dates, whichever most rows allow; dates
+    without a zone are in UTC.
     """
     if column.kind == "timestamp":
         return "time_raw", "microseconds"
     if column.kind == "integer":
         return "TRY_CAST(time_raw AS BIGINT)", "as_given"
-    number = "TRY_CAST(time_raw AS DECIMAL(38, 6))"  # exact, and wide enough for int64
     if column.kind == "text":
-        date = "epoch_us(TRY_CAST(time_raw AS TIMESTAMPTZ))"
-        numbers, dates = _rows(db, f"SELECT count({number}), count({date}) FROM log")[0]
+        text = "trim(time_raw)"
+        # A decimal is exact, and wide enough for int64.
+        number = f"CASE WHEN matches({text}, '{_NUMBER}') THEN TRY_CAST({text} AS DECIMAL(38,6)) END"
+        date = f"CASE WHEN matches({text}, '{_TIME}') THEN micros(replace({text}, '/', '-')) END"
+        numbers, dates = engine.rows(f"SELECT count({number}), count({date}) FROM log")[0]
         if dates > numbers:
             return date, "microseconds"
-    if _rows(db, f"SELECT count(*) FROM log WHERE {number} <> trunc({number})")[0][0] == 0:
+    else:
+        number = "CASE WHEN abs(time_raw) < 9.2e18 THEN time_raw END"  # no NaN, nor what int64 cannot hold
+    num_fractions = f"SELECT count(*) FROM (SELECT {number} AS number FROM log) WHERE number % 1 <> 0"
+    if expected != "microseconds" and fetch_one(engine, num_fractions) == 0:
         return f"TRY_CAST({number} AS BIGINT)", "as_given"
-    return f"CASE WHEN abs({number}) < {_MAX_SECONDS} THEN CAST(round({number} * 1000000) AS BIGINT) END", "microseconds"
+    return f"TRY_CAST(CASE WHEN abs({number}) < {_MAX_SECONDS} THEN round(({number}) * 1000000) END AS BIGINT)", "microseconds"

@@ -5,8 +5,10 @@
     manifest.json                    counts, filters, what was set aside, vocabulary fingerprint, the list of parts
     vocabulary/items.parquet         item_id, index, count
     vocabulary/side_features.json    the values of side features, where there are any (see `side_features`)
-    sequences/part-00000.parquet     user_id, items: list<int64>, timestamps: list<int64>, and side:NAME: list<int16> for each
-                                     side feature; users as they first appear in the log
+    sequences/part-00000.parquet     user_id, items: list<int64>, timestamps: list<int64>, positions: list<int64> (rows of the
+                                     log, from 0), and side:NAME: list<int16> for each side feature; users as they first
+                                     appear in the log
+    rare.parquet                     position, user_id, item_id, timestamp of the events of rare users and items
     set_aside.parquet                every row of the log that could not be used, with its reason
 
 Leave-one-out, for a user with events ``a b c d e``: train ``a b c``, validation target ``d``, test target ``e``. A user with
@@ -35,6 +37,7 @@ from glintru_rec.files import aside_of, publish
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 VOCABULARY_FILE = "vocabulary/items.parquet"
+RARE_FILE = "rare.parquet"
 SET_ASIDE_FILE = "set_aside.parquet"
 SIDE_TYPE = pa.int16()
 MIN_EVENTS_TO_SPLIT = 3

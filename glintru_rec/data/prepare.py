@@ -4,27 +4,33 @@
 
     PrepareConfig -> open_log -> stage -> clean -> drop_rare -> write -> rename
                      (formats)  (         cleaning         )    (writing)
+                        base ------------^ (growing)
 
-The same log gives the same bytes, whatever the number of threads: every order below is total. Rows in = events kept + rows set
-aside, each of the latter with its reason.
+The same log gives the same bytes, whatever the engine and the number of threads: every order below is total. Rows in = events
+kept + rows set aside, each of the latter with its reason.
 """
 
 import json
 import re
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
+from glintru_rec.config import one_of
 from glintru_rec.data.cleaning import clean, drop_rare, stage
-from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION
+from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION, SET_ASIDE_FILE
+from glintru_rec.data.engine import DuckDBEngine, Engine, fetch_one
 from glintru_rec.data.formats import LogColumns, LogFile, open_log
+from glintru_rec.data.growing import Base
 from glintru_rec.data.scratch import scratch_database
+from glintru_rec.data.spark import SparkConfig, spark_engine
 from glintru_rec.data.writing import (
-    fetch_one,
     statistics,
+    write_rare,
     write_sequences,
     write_set_aside,
     write_side_vocabulary,
@@ -32,6 +38,9 @@ from glintru_rec.data.writing import (
 )
 from glintru_rec.errors import InputError
 from glintru_rec.files import check_free, folder_aside
+from glintru_rec.progress import format_seconds
+
+ENGINES = ("duckdb", "spark")
 
 
 @dataclass
@@ -53,6 +62,10 @@ class PrepareConfig:
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
+        base: a dataset that the log continues: its events come before the log's, its items keep their indices, and ``output``
+            gets both. Its ``min_user_events`` and ``min_item_events`` must be the same. Empty: the log is all there is.
+        engine: ``duckdb``, in this process and out of core, or ``spark``, which can be a cluster; the same dataset to the byte.
+        spark: the session of ``engine=spark``.
         task: ``retrieval``; with ``ranking``, the keys are other ones (``task=ranking --help``).
     """
 
@@ -66,6 +79,9 @@ class PrepareConfig:
     side_columns: list[str] = field(default_factory=list)
     threads: int = 0
     memory_limit: str = ""
+    base: str = ""
+    engine: str = "duckdb"
+    spark: SparkConfig = field(default_factory=SparkConfig)
     task: str = "retrieval"
 
     def __post_init__(self) -> None:
@@ -84,6 +100,13 @@ class PrepareConfig:
             raise InputError(f"side_columns are {self.side_columns}; they must differ from each other and from {columns}")
         if not re.fullmatch(r"(\d+(\.\d+)? ?[KMGT]i?B)?", self.memory_limit):
             raise InputError(f"memory_limit is {self.memory_limit!r}; it must be like '8GB', or empty")
+        if self.base and self.side_columns:
+            raise InputError(f"side_columns are {self.side_columns}, and a base's events have none; prepare all days at once")
+        one_of("engine", self.engine, ENGINES)
+        if self.engine == "spark" and (self.threads or self.memory_limit):
+            raise InputError("threads and memory_limit are DuckDB's; with engine=spark, set spark.master and spark.conf")
+        if self.engine == "duckdb" and self.spark != SparkConfig():
+            raise InputError("spark.master and spark.conf are given, but the engine is duckdb; give engine=spark")
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,7 @@ class PrepareReport:
         counts = [(name, self.manifest[name]) for name in ("rows_in", "num_events", "num_users", "num_items")]
         counts += [(f"set aside: {reason}", count) for reason, count in self.manifest["set_aside"].items() if count]
         counts += [(name, self.manifest[name]) for name in ("out_of_order_rows", "users_too_short_to_split")]
+        counts += [(name, count) for name, count in self.manifest.get("growth", {}).items() if isinstance(count, int)]
         lengths = ", ".join(f"{name} {length}" for name, length in self.manifest["length_quantiles"].items())
         rows = [(name.replace("_", " ").removeprefix("num "), f"{count:,}") for name, count in counts]
         return [*rows, ("events per user", lengths), ("dataset", self.output)]
@@ -128,32 +152,59 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     """
     output = Path(config.output)
     check_free("output", output)
+    filters = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events}
+    base = Base.open(Path(config.base), filters) if config.base else None
     names = LogColumns(config.user_column, config.item_column, config.time_column, tuple(config.side_columns))
     files = open_log(config.input, names)
-    progress(f"reading {len(files)} file(s), {files[0].format}")
+    start = time.monotonic()
+
+    def say(message: str) -> None:
+        progress(f"{format_seconds(time.monotonic() - start)}  {message}")
+
+    say(f"reading {len(files)} file(s), {files[0].format}")
     with folder_aside(output) as folder:
-        with scratch_database(folder / ".work", config.threads, config.memory_limit) as db:
-            manifest = _write_dataset(db, folder, files, names, config, progress)
+        with _open_engine(folder / ".work", config) as engine:
+            manifest = _write_dataset(engine, folder, files, names, config, base, say)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     return PrepareReport(config.output, manifest)
 
 
+@contextmanager
+def _open_engine(folder: Path, config: PrepareConfig) -> Iterator[Engine]:
+    if config.engine == "spark":
+        with spark_engine(folder, config.spark) as engine:
+            yield engine
+    else:
+        with scratch_database(folder, config.threads, config.memory_limit) as db:
+            yield DuckDBEngine(db)
+
+
 def _write_dataset(
-    db: duckdb.DuckDBPyConnection,
+    engine: Engine,
     folder: Path,
     files: list[LogFile],
     names: LogColumns,
     config: PrepareConfig,
-    progress: Callable[[str], None],
+    base: Base | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run every stage, write all files but the manifest, and return the manifest."""
-    columns = stage(db, files, names)
-    cleaned = clean(db, files, names, columns)
-    num_rows = fetch_one(db, "SELECT count(*) FROM log")
-    progress(f"cleaned {num_rows:,} rows")
-    reasons = "SELECT reason, count(*) FROM event WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
-    set_aside = dict(db.execute(reasons).fetchall()) | drop_rare(db, config.min_user_events, config.min_item_events)
-    num_events = fetch_one(db, "SELECT count(*) FROM kept")
+    columns = stage(engine, files, names, base.num_rows if base else 0)
+    num_rows = fetch_one(engine, "SELECT count(*) FROM log")
+    say(f"read {num_rows:,} rows")
+    base_events, base_items = base.open_tables(engine) if base else ("", "")
+    cleaned = clean(engine, files, names, columns, base.types if base else None, base_events)
+    write_set_aside(engine, folder, base.path / SET_ASIDE_FILE if base else None)
+    if not names.side:
+        engine.drop("log")
+    reasons = "SELECT reason, count(*) FROM event WHERE reason IS NOT NULL GROUP BY reason"
+    counts = Counter(dict(engine.rows(reasons)))
+    if base:
+        num_rows += base.num_rows
+        counts.update(base.set_aside)
+    say(f"cleaned {num_rows:,} rows")
+    set_aside = dict(sorted(counts.items())) | drop_rare(engine, config.min_user_events, config.min_item_events)
+    num_events = fetch_one(engine, "SELECT count(*) FROM kept")
     assert num_rows == num_events + sum(set_aside.values()), "every row is an event or is set aside"
     if not num_events:
         lost = ", ".join(f"{reason} {count}" for reason, count in set_aside.items() if count) or "none"
@@ -161,15 +212,17 @@ def _write_dataset(
             f"no event is left of the {num_rows} rows in {config.input!r} (set aside: {lost}); lower min_user_events "
             f"({config.min_user_events}) and min_item_events ({config.min_item_events}) or correct the log"
         )
-    progress(f"kept {num_events:,} events")
-    vocabulary = write_vocabulary(db, folder, cleaned)
-    side = write_side_vocabulary(db, folder, names.side)
-    parts = write_sequences(db, folder, cleaned, side)
-    write_set_aside(db, folder)
-    progress(f"wrote {len(parts)} part(s)")
+    say(f"kept {num_events:,} events")
+    vocabulary = write_vocabulary(engine, folder, cleaned, base_items)
+    side = write_side_vocabulary(engine, folder, names.side)
+    parts = write_sequences(engine, folder, cleaned, side)
+    write_rare(engine, folder, cleaned)
+    say(f"wrote {len(parts)} part(s)")
+    num_users = sum(part["num_users"] for part in parts)
+    sources = [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files]
     return {
         "schema_version": SCHEMA_VERSION,
-        "num_users": sum(part["num_users"] for part in parts),
+        "num_users": num_users,
         "num_items": vocabulary.num_items,
         "num_events": num_events,
         "num_files": len(parts),
@@ -182,11 +235,12 @@ def _write_dataset(
         "filters": {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events},
         "rows_in": num_rows,
         "set_aside": set_aside,
-        **statistics(db),
+        **statistics(engine),
+        **({"growth": base.growth(engine, num_events, num_users, vocabulary)} if base else {}),
         "parts": parts,
         "source": {
             "format": files[0].format,
             "columns": {name: value for name, value in asdict(names).items() if value},
-            "files": [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files],
+            "files": [*(base.manifest["source"]["files"] if base else []), *sources],
         },
     }

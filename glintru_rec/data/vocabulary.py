@@ -72,6 +72,10 @@ class Vocabulary:
         """``int64`` or ``string``."""
         return str(self.item_ids.type)
 
+    def first(self, num_items: int) -> "Vocabulary":
+        """Give the catalog of the first ``num_items`` items, or of all where there are fewer."""
+        return Vocabulary(self.item_ids.slice(0, num_items), self.counts[:num_items])
+
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the ids, their type and their order; the same on every machine. Counts do not enter."""

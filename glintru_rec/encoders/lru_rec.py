@@ -130,8 +130,8 @@ class LRURec(Encoder):
         embedding_norm: the LayerNorm on the embeddings before the first block.
         dropout: rate on the embeddings and twice in each MLP.
         recurrent_dropout: rate after each recurrence; ``dropout`` when absent.
-        min_radius: smallest |λ| at the start.
-        max_radius: largest |λ| at the start; 0.99 remembers about a hundred items.
+        min_radius: smallest modulus of λ at the start.
+        max_radius: largest modulus of λ at the start; 0.99 remembers about a hundred items.
         norm_eps: ε of the LayerNorms.
 
     Raises:

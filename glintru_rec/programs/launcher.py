@@ -121,6 +121,10 @@ def run(program: str, schema: type[Schema], main: Callable[[Schema], int | None]
     if "--help" in arguments or "-h" in arguments:
         print(help_text(program, schema, task))
         sys.exit(0)
+    if "--multirun" in arguments:
+        exit_with(
+            InputError("--multirun: give the same key=value to tools/sweep.py, which trains all combinations into one table")
+        )
     try:
         status = main(compose(_config_of(program, task), schema, arguments))
     except InputError as error:

@@ -13,6 +13,7 @@ from glintru_rec.programs.launcher import write_config
 from glintru_rec.tables.plan import describe_plan, print_plan
 from glintru_rec.training.build import open_dataset
 from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.mlflow_log import check_loggers
 from glintru_rec.training.processes import launch_id, process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
 from glintru_rec.training.trainer import Stopped, Trainer
@@ -28,6 +29,7 @@ def train(config: TrainConfig) -> int:
 
     A restart by torchelastic goes on where the run was; so does a new start with ``trainer.resume=true``.
     """
+    check_loggers(config.logging)
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
     dataset = open_dataset(config)

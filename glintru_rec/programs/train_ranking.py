@@ -7,9 +7,10 @@ import torch.distributed as dist
 from glintru_rec.files import write_json
 from glintru_rec.programs.train import STOPPED, check_free, restarted, start
 from glintru_rec.ranking.config import RankingConfig
-from glintru_rec.ranking.dataset import RankingDataset, keep_features
+from glintru_rec.ranking.dataset import RankingDataset, check_features, keep_features
 from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.training.checkpoint import best_checkpoint, read_state
+from glintru_rec.training.mlflow_log import check_loggers
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.trainer import Stopped
 
@@ -22,11 +23,14 @@ def train_ranking(config: RankingConfig) -> int:
     Returns:
         The exit status: 0, or `STOPPED` where a signal ended it early.
     """
+    check_loggers(config.logging)
     run_dir = Path(config.output)
     resume = config.trainer.resume or restarted(run_dir)
     dataset = RankingDataset.open(config.data.path)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
+        if resume:
+            check_features(config.data.path, run_dir)
         trainer = RankingTrainer(config, dataset, device)
         if resume:
             trainer.resume()

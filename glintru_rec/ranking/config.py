@@ -13,6 +13,7 @@ from glintru_rec.encoders import SASRec
 from glintru_rec.ranking.model import RankingModelConfig
 from glintru_rec.ranking.tower import TowerConfig
 from glintru_rec.tables.config import TableConfig
+from glintru_rec.training.config import LoggingConfig
 
 
 @dataclass
@@ -110,6 +111,7 @@ class RankingConfig:
     table: TableConfig = field(default_factory=TableConfig)
     optimizer: RankingOptimizerConfig = field(default_factory=RankingOptimizerConfig)
     trainer: RankingTrainerConfig = field(default_factory=RankingTrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self):
         check("task", self.task, self.task == "ranking", "ranking here")

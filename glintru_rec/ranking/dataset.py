@@ -139,11 +139,28 @@ def vocabulary_file(feature: str) -> str:
 
 def keep_features(dataset: str | Path, run_dir: Path) -> None:
     """Copy into a run directory what its model must know of the features to be of use without the dataset."""
-    manifest = json.loads((Path(dataset) / MANIFEST_FILE).read_text())
+    manifest = _read_json(Path(dataset) / MANIFEST_FILE)
     (run_dir / "vocabulary").mkdir(exist_ok=True)
     for feature in manifest["num_embeddings"]:
         shutil.copyfile(Path(dataset) / vocabulary_file(feature), run_dir / vocabulary_file(feature))
     write_json(run_dir / FEATURES_FILE, {key: manifest[key] for key in _OF_FEATURES})
+
+
+def check_features(dataset: str | Path, run_dir: Path) -> None:
+    """Raise an `InputError` where a run that goes on was trained on other features, or values of them, than a dataset has."""
+    if not (run_dir / FEATURES_FILE).is_file():
+        return
+    kept, manifest = _read_json(run_dir / FEATURES_FILE), _read_json(Path(dataset) / MANIFEST_FILE)
+    for key in _OF_FEATURES:
+        if kept[key] != manifest[key]:
+            raise InputError(f"{run_dir} was trained with other {key} than data.path={dataset} has; choose another output")
+    for feature in kept["num_embeddings"]:
+        if sha256_of(run_dir / vocabulary_file(feature)) != sha256_of(Path(dataset) / vocabulary_file(feature)):
+            raise InputError(f"{run_dir} was trained with other values of {feature} than data.path={dataset} has")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def _lists(column: pa.Array) -> Lists:

@@ -95,7 +95,7 @@ def export_ranking(run_dir: str | Path, output: str | Path) -> dict[str, Any]:
             "num_items": features["num_embeddings"][ITEM] - 1,
             "vocabulary_sha256": state.vocabulary_sha256,
             "max_seq_len": config.data.max_seq_len,
-            "encoder": asdict(config.tower),
+            "encoder": asdict(plain.tower),
             "provenance": {"run": run_dir.name, "step": state.step, "valid": state.value},
             "versions": {
                 "torch": torch.__version__,

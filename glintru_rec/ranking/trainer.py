@@ -90,7 +90,7 @@ class RankingTrainer:
             Stopped: by SIGTERM or SIGINT, on any rank; the checkpoint of the last whole epoch stands.
         """
         trainer, state = self.config.trainer, self.state
-        self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
+        self.log = RunLog(self.run_dir, state.step, state.validated_step, self.config) if self.rank == 0 else None
         total = state.step + (trainer.max_epochs - state.epoch) * self.batches.num_steps
         self.progress = Progress("train", total, "steps", enabled=self.rank == 0)
         with StopSignals() as self.signals:

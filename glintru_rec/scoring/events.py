@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from glintru_rec.data.cleaning import clean, stage
+from glintru_rec.data.engine import DuckDBEngine, fetch_one
 from glintru_rec.data.formats import Format, LogColumns, LogFile, open_log
 from glintru_rec.data.vocabulary import Vocabulary
-from glintru_rec.data.writing import fetch_one
 from glintru_rec.errors import InputError
 
 
@@ -73,8 +73,9 @@ class Events:
 
     def __init__(self, db: duckdb.DuckDBPyConnection, files: list[LogFile], names: LogColumns, vocabulary: Vocabulary):
         self._db = db
-        cleaned = clean(db, files, names, stage(db, files, names))
-        self.num_rows = fetch_one(db, "SELECT count(*) FROM log")
+        engine = DuckDBEngine(db)
+        cleaned = clean(engine, files, names, stage(engine, files, names))
+        self.num_rows = fetch_one(engine, "SELECT count(*) FROM log")
         self.user_type = cleaned.user_type
         self.time_unit = cleaned.time_unit
         if not self.num_rows:
@@ -96,7 +97,7 @@ class Events:
             CREATE TABLE sorted AS SELECT user_rank, user_id, item_id, time, position{values}
             FROM event JOIN acting USING (user_id) {log} WHERE reason IS NULL ORDER BY user_rank, time, position""")
         db.execute("CREATE TABLE set_aside AS SELECT position, reason FROM event WHERE reason IS NOT NULL")
-        self.num_users = fetch_one(db, "SELECT count(*) FROM acting")
+        self.num_users = fetch_one(engine, "SELECT count(*) FROM acting")
 
     def batches(self, batch_size: int) -> Iterator[EventBatch]:
         """Give the events of ``batch_size`` users at a time."""

@@ -129,10 +129,10 @@ def _topology(config: TableConfig, device: torch.device, world_size: int) -> Top
 
 
 def _bytes_per_row(table: ItemTable, config: TableConfig) -> int:
-    return table.row_width * BYTES_PER_VALUE[config.dtype] + _state_bytes(config.optimizer, 1, table.row_width)
+    return table.row_width * BYTES_PER_VALUE[config.dtype] + state_bytes(config.optimizer, 1, table.row_width)
 
 
-def _state_bytes(optimizer: str, num_rows: int, num_columns: int) -> int:
+def state_bytes(optimizer: str, num_rows: int, num_columns: int) -> int:
     """Count the bytes of the optimizer's state for a part of the table; it is fp32 whatever the table is."""
     per_value = {"sgd": 0, "adagrad": 4, "adamw": 8}
     return 4 * num_rows if optimizer == "rowwise_adagrad" else per_value[optimizer] * num_rows * num_columns
@@ -170,7 +170,7 @@ def describe_plan(model: DistributedModelParallel, config: TableConfig) -> dict[
         ranks = list(range(world_size))
     width = BYTES_PER_VALUE[config.dtype]
     shards = [
-        Shard(rank, row, rows, column, columns, rows * columns * width, _state_bytes(config.optimizer, rows, columns))
+        Shard(rank, row, rows, column, columns, rows * columns * width, state_bytes(config.optimizer, rows, columns))
         for rank, (row, column, rows, columns) in zip(ranks, parts)
     ]
     held = [0] * world_size

@@ -130,6 +130,13 @@ def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState
             )
 
 
+def check_grown_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
+    """Raise an `InputError` unless the dataset's vocabulary begins with all items of a run's."""
+    num_known = Vocabulary.load(run_dir / VOCABULARY_FILE).num_items
+    if dataset.vocabulary.first(num_known).sha256 != state.vocabulary_sha256:
+        check_vocabulary(dataset, state, run_dir)
+
+
 def load_distributed(
     run_dir: Path, dataset: SequenceDataset, device: torch.device
 ) -> tuple[TrainConfig, DistributedModelParallel]:
@@ -150,14 +157,16 @@ def load_distributed(
 def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset | RowGroupDataset) -> None:
     """Fill a fresh model on all ranks with the weights of another run's best checkpoint.
 
-    What has no weights may differ: dropout, ``causal``, the sharding of the table.
+    What has no weights may differ: dropout, ``causal``, the sharding of the table. A dataset that has grown
+    (``prepare base=…``) starts with the run's items: they get their rows, those that came later keep their random ones.
 
     Raises:
-        InputError: no run directory, of another vocabulary, or with tensors of other names or shapes.
+        InputError: no run directory, of a vocabulary that the dataset's does not begin with, or with tensors of other names or
+            shapes.
     """
     checkpoint = _agreed_best(run_dir)
-    check_vocabulary(dataset, read_state(checkpoint), run_dir)
-    load_checkpoint(checkpoint, model)
+    check_grown_vocabulary(dataset, read_state(checkpoint), run_dir)
+    load_checkpoint(checkpoint, model, may_grow=True)
 
 
 def _agreed_best(run_dir: Path) -> Path:

@@ -23,9 +23,9 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from glintru_rec.data.batches import Place
 from glintru_rec.errors import InputError
-from glintru_rec.tables.sharding import materialize_state
+from glintru_rec.tables.sharding import TABLE_KEY, materialize_state
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.checkpoint_reader import InertPlanner, InertReader
+from glintru_rec.training.checkpoint_reader import GrowingPlanner, InertPlanner, InertReader
 
 
 @dataclass
@@ -80,8 +80,16 @@ def load_checkpoint(
     model: DistributedModelParallel,
     optimizer: CombinedOptimizer | None = None,
     average: WeightAverage | None = None,
+    may_grow: bool = False,
 ) -> None:
     """Fill a model on all ranks from a checkpoint; to go on with training, the optimizer and the average too.
+
+    Args:
+        checkpoint: its folder.
+        model: to fill.
+        optimizer: to fill; None for weights alone.
+        average: to fill.
+        may_grow: the item table may have more rows than the checkpoint's; the others stay as they are.
 
     Raises:
         InputError: it cannot be read, or holds tensors of other names or shapes.
@@ -92,7 +100,7 @@ def load_checkpoint(
         tensors["optimizer"] = optimizer.state_dict()
     if average is not None:
         tensors["training_weights"] = average.average
-    _load(tensors, checkpoint)
+    _load(tensors, checkpoint, GrowingPlanner(f"model.{TABLE_KEY}") if may_grow else InertPlanner())
     model.load_state_dict(tensors["model"])
     if optimizer is not None:
         optimizer.load_state_dict(tensors["optimizer"])
@@ -103,13 +111,13 @@ def load_checkpoint(
 def load_plain(checkpoint: Path, model: nn.Module) -> None:
     """Fill an unsharded model in this process alone, with no process group."""
     tensors = {"model": model.state_dict()}
-    _load(tensors, checkpoint, no_dist=True)
+    _load(tensors, checkpoint, InertPlanner(), no_dist=True)
     model.load_state_dict(tensors["model"])
 
 
-def _load(tensors: dict, checkpoint: Path, **options) -> None:
+def _load(tensors: dict, checkpoint: Path, planner: InertPlanner, **options) -> None:
     try:
-        dcp.load(tensors, storage_reader=InertReader(checkpoint), planner=InertPlanner(), **options)
+        dcp.load(tensors, storage_reader=InertReader(checkpoint), planner=planner, **options)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:  # CheckpointException is no Exception
         raise InputError(f"checkpoint {checkpoint} cannot be loaded into this model: {reason_of(error)}") from error
 

@@ -7,12 +7,13 @@ those that a checkpoint is made of; tensors the library itself reads with ``weig
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from glintru_rec.errors import InputError
@@ -65,3 +66,25 @@ class InertPlanner(DefaultLoadPlanner):
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)
+
+
+class GrowingPlanner(InertPlanner):
+    """An `InertPlanner` for a table that has more rows than the checkpoint's; those that it lacks stay as they are.
+
+    Args:
+        key: of the table in the checkpoint.
+    """
+
+    def __init__(self, key: str):
+        super().__init__()
+        self.key = key
+
+    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """Give the table in the checkpoint the rows of the table in memory; there is nothing to read for the new ones."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        assert self.metadata is not None
+        tensors = self.metadata.state_dict_metadata
+        saved, table = tensors.get(self.key), self.state_dict[self.key]
+        if isinstance(saved, TensorStorageMetadata) and saved.size[0] < table.size(0):
+            grown = replace(saved, size=torch.Size([table.size(0), *saved.size[1:]]))
+            self.metadata = replace(self.metadata, state_dict_metadata={**tensors, self.key: grown})

@@ -181,5 +181,6 @@ def _copy(value: Any) -> Any:
         on_device = any(shard.tensor.is_cuda for shard in value.local_shards())
         return value.cpu() if on_device else copy.deepcopy(value)
     if isinstance(value, DTensor):
-        return value.to("cpu") if value.is_cuda else copy.deepcopy(value)
+        # Not deepcopy: that holds three copies of a shard for a moment.
+        return value.to("cpu") if value.is_cuda else value.detach().clone()
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -197,7 +197,8 @@ class TrainerConfig:
         timeout_seconds: how long a rank waits for another in a step, a validation or a checkpoint before it takes it for hung,
             and the run fails (torchelastic's ``--max_restarts`` then starts all ranks anew).
         init_from: a run directory with whose best weights training starts; empty: random weights. The encoder must have
-            the same parameters and the dataset the same vocabulary; optimizers start anew.
+            the same parameters and the dataset the same vocabulary, or one grown from it (``prepare base=…``), whose new items
+            start at random; optimizers start anew.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
@@ -237,6 +238,21 @@ class TrainerConfig:
 
 
 @dataclass
+class LoggingConfig:
+    """Where figures go besides ``metrics.jsonl`` and ``tensorboard/``, which every run has.
+
+    Attributes:
+        mlflow: tracking URI of MLflow: ``https://HOST``, ``sqlite:///FILE``, …; empty: none. Needs ``glintru_rec[mlflow]``.
+        experiment: of MLflow; made where it is missing.
+        run_name: MLflow's name of the run; empty: the name of the run directory.
+    """
+
+    mlflow: str = ""
+    experiment: str = "glintru_rec"
+    run_name: str = ""
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
@@ -253,6 +269,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self):
         one_of("task", self.task, ("retrieval",))

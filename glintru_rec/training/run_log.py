@@ -1,14 +1,17 @@
-"""What a run writes about itself: ``metrics.jsonl`` and TensorBoard events. Only rank 0 writes."""
+"""What a run writes about itself: ``metrics.jsonl``, TensorBoard events, MLflow where asked. Only rank 0 writes."""
 
 import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_text
+from glintru_rec.training.mlflow_log import MlflowLog
 
 PACKAGES = (
     "glintru_rec",
@@ -33,9 +36,13 @@ class RunLog:
         run_dir: the run directory.
         step: where the run goes on: later records, of a run that was killed after its last checkpoint, are dropped.
         validated_step: step of the last validation that the checkpoint knows of; later ones are done again.
+        config: the whole run's, with ``logging``; None: no MLflow.
+
+    Raises:
+        InputError: ``metrics.jsonl`` is damaged, or MLflow cannot be reached.
     """
 
-    def __init__(self, run_dir: Path, step: int = 0, validated_step: int = -1):
+    def __init__(self, run_dir: Path, step: int = 0, validated_step: int = -1, config: Any = None):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
@@ -55,6 +62,8 @@ class RunLog:
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self.unwritten = b""
         self.board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        asked = config is not None and config.logging.mlflow
+        self.mlflow = MlflowLog(run_dir, config.logging, asdict(config)) if asked else None
 
     def write(self, kind: str, step: int, epoch: int, **numbers: float | list[float]) -> None:
         """Add a record; ``kind`` is ``train``, ``valid`` or ``checkpoint``; a list has a number for each rank."""
@@ -65,23 +74,29 @@ class RunLog:
         except OSError as error:
             if not was_waiting:
                 _warn(f"{self.path} cannot be written ({error}): its lines wait in memory")
+        scalars: dict[str, float] = {}
+        for name, value in numbers.items():
+            parts = {f"/{rank}": each for rank, each in enumerate(value)} if isinstance(value, list) else {"": value}
+            scalars |= {f"{kind}/{name}{suffix}": part for suffix, part in parts.items()}
+        if self.mlflow is not None:
+            self.mlflow.write(scalars, step)
         if self.board is None:
             return
         try:
-            for name, value in numbers.items():
-                parts = {f"/{rank}": each for rank, each in enumerate(value)} if isinstance(value, list) else {"": value}
-                for suffix, part in parts.items():
-                    self.board.add_scalar(f"{kind}/{name}{suffix}", part, step)
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
         except OSError as error:  # of an earlier event: a thread writes them
             _warn(f"TensorBoard's events cannot be written ({error}): they end before step {step}")
             self.board = None
 
     def close(self) -> None:
-        """Flush and close both.
+        """Flush and close all.
 
         Raises:
             InputError: there is no room for the records that wait.
         """
+        if self.mlflow is not None:
+            self.mlflow.close()
         try:
             self._write_out()
         except OSError as error:

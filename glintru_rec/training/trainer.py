@@ -119,7 +119,7 @@ class Trainer:
             Stopped: by SIGTERM or SIGINT, on any rank; the weights of the last step are saved.
         """
         trainer, state = self.config.trainer, self.state
-        self.log = RunLog(self.run_dir, state.step, state.validated_step) if self.rank == 0 else None
+        self.log = RunLog(self.run_dir, state.step, state.validated_step, self.config) if self.rank == 0 else None
         if self.rank == 0:
             (self.run_dir / "finished.json").unlink(missing_ok=True)  # of a shorter run that now goes on
         ahead = self.batches.num_steps(state.epoch, state.place)
