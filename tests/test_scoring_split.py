@@ -145,3 +145,6 @@ def test_a_table_larger_than_memory_is_mapped(tmp_path):
     table = map_read_only(path)
     assert (table.shape, table.dtype) == (shape, torch.float32)
     assert not table[2**31].any()
+    np.save(tmp_path / "doubles.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="holds float64, not float32, float16 or int8"):
+        map_read_only(tmp_path / "doubles.npy")

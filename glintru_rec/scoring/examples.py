@@ -182,12 +182,6 @@ class ExampleScorer:
         values = self._artifact.values[feature]
         return rows_of(plain(column).cast(values.type), values)
 
-    def prepare(self, fragments: list[Fragment]) -> None:
-        """Do nothing: no catalog is searched."""
-
-    def finish(self) -> None:
-        """Do nothing, as before."""
-
     def schema(self, user_type: pa.DataType) -> pa.Schema:
         """Give the columns of a fragment's output: user_id, item_id, and each task's probability or number."""
         tasks = [(name, pa.float32()) for name in self._artifact.manifest["tasks"]]

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.scoring.fragments import Fragment, InputFile, Stamp
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
@@ -26,7 +26,7 @@ class ItemFragment(Fragment):
 
     items: np.ndarray
 
-    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, *unused: Any) -> Iterator[Rows]:
+    def read(self, batch_size: int, vocabulary: Vocabulary, limits: Limits, side: SideVocabulary = NO_SIDE) -> Iterator[Rows]:
         """Give the items in batches; what a job tells of histories is of no use."""
         for start in range(0, self.num_rows, batch_size):
             ids = vocabulary.decode(self.items[start : start + batch_size])

@@ -4,8 +4,7 @@
 
     part-00000.parquet                     one output file per input file, under the same name: user_id, and
                                            item_ids and scores (candidates, top_k), embedding (encode), or item_id and a
-                                           column for each task (rank);
-                                           items: item_id and embedding, 2^20 items in a file
+                                           column for each task (rank); items: item_id and embedding, 2^20 in a file
     rejects/part-00000.parquet             rows that could not be scored: user_id, reason, fragment, row (from 1)
     unknown_candidates/part-00000.parquet  candidates that the vocabulary lacks: user_id, item_id, fragment, row
     report.json                            what became of every row
@@ -40,7 +39,6 @@ from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.examples import ExampleScorer
 from glintru_rec.scoring.fragments import Fragment, find_inputs
 from glintru_rec.scoring.index import IndexReport
-from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.ledger import Ledger, Record
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
@@ -83,22 +81,19 @@ def _score(
     """Score into a folder of this machine, from which all goes on to ``remote`` where there is one."""
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
-    scorer: Scorer | ExampleScorer
-    catalog: dict[str, Any] = {}
-    with fetched("artifact", config.artifact) as folder:  # what is mapped into memory stays there when a copy is removed
+    with fetched("artifact", config.artifact) as folder:  # what it has mapped into memory stays there when a copy is removed
         artifact = (RankingArtifact if config.mode == "rank" else Artifact).load(folder, config.device)
-    if isinstance(artifact, RankingArtifact):
-        scorer = ExampleScorer(config, artifact)
-    else:
-        scorer = Scorer(config, artifact)
-        catalog = item_fragments(scorer.items, artifact.vocabulary) if config.mode == "items" else {}
+    scorer = ExampleScorer(config, artifact) if isinstance(artifact, RankingArtifact) else Scorer(config, artifact)
+    catalog = scorer.item_fragments() if isinstance(scorer, Scorer) and config.mode == "items" else {}
     files = [part.file for part in catalog.values()] or find_inputs(config.input)
     terms = _terms(config, artifact)
     ledger = RemoteLedger(remote, output, terms, files) if remote else Ledger(output, terms, files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     opened: dict[str, Fragment | InputError] = {**catalog} or scorer.open(files)
-    is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
-    index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
+    index = None
+    if config.index.kind != "exact" and isinstance(scorer, Scorer):
+        is_done = on_first(lambda: (output / SUCCESS_FILE).exists() and len(ledger.done()) == len(files))
+        index = None if is_done else scorer.prepare([each for each in opened.values() if isinstance(each, Fragment)])
     with ExitStack() as until_the_end:
 
         def begin() -> tuple[dict[str, Record], list[list[str]]]:
@@ -130,7 +125,8 @@ def _score(
                 except InputError as error:
                     own[name] = Record(stamps[name], error=str(error))
                 ledger.write(name, own[name])
-            scorer.finish()
+            if isinstance(scorer, Scorer):
+                scorer.finish()
         now = {name: record for share in from_all(own) for name, record in share.items()}
         report = _report(before, now, time.perf_counter() - start, scorer.unknown_listed_items, index)
 

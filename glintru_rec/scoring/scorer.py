@@ -14,6 +14,7 @@ from glintru_rec.scoring.catalog import catalog_of, items_left, stretches_of
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.fragments import Fragment, InputFile, open_fragments
 from glintru_rec.scoring.index import IndexedCatalog, IndexReport
+from glintru_rec.scoring.item_vectors import item_fragments
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each
 from glintru_rec.scoring.ranks import on_first, rank_and_size
 from glintru_rec.scoring.rows import Columns, Limits, Rows
@@ -52,10 +53,10 @@ class Scorer:
             self._catalog = catalog_of(artifact, left)
         self._left = left
 
-    @property
-    def items(self) -> np.ndarray:
-        """The vocabulary indices of the items that the job may give, int64, ascending."""
-        return np.arange(self._artifact.vocabulary.num_items) if self._left is None else self._left
+    def item_fragments(self) -> dict[str, Fragment]:
+        """Give the items that are written, where these are the input (see `glintru_rec.scoring.item_vectors`)."""
+        vocabulary = self._artifact.vocabulary
+        return item_fragments(np.arange(vocabulary.num_items) if self._left is None else self._left, vocabulary)
 
     def prepare(self, fragments: list[Fragment]) -> IndexReport | None:
         """Open the index, where the search is approximate, and measure it on some users of the input.
@@ -118,7 +119,8 @@ class Scorer:
         for fragment in some:
             num_read = 0
             try:
-                for rows in fragment.read(min(share, _SAMPLED_ROWS), self._artifact.vocabulary, limits, self._artifact.side):
+                artifact, batch_size = self._artifact, min(share, _SAMPLED_ROWS)
+                for rows in fragment.read(batch_size, artifact.vocabulary, limits, artifact.side):
                     yield rows
                     num_read += rows.num_read
                     if num_read >= share:
@@ -130,14 +132,13 @@ class Scorer:
         """Open all files of the input (see `open_fragments`)."""
         config, artifact = self._config, self._artifact
         candidates_column = config.candidates_column if config.mode == "candidates" else None
-        side_columns = tuple(artifact.side.names)
         columns = Columns(
             config.user_column,
             config.history_column,
             candidates_column,
             config.deny_column or None,
-            side_columns,
-            tuple(config.keep_columns),
+            side=tuple(artifact.side.names),
+            kept=tuple(config.keep_columns),
         )
         return open_fragments(files, columns, artifact.vocabulary)
 
@@ -175,11 +176,8 @@ class Scorer:
         side = self._side(rows)
         is_empty = lengths == 0
         if config.mode in ("encode", "items"):
-            vectors = (
-                artifact.module.vectors_of(item_ids)
-                if config.mode == "items"
-                else artifact.module.encode(item_ids, lengths, *side)
-            )
+            vectors_of, encode = artifact.module.vectors_of, artifact.module.encode
+            vectors = vectors_of(item_ids) if config.mode == "items" else encode(item_ids, lengths, *side)
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.cpu().numpy().ravel()), vectors.size(1))
             return pa.table([rows.users, embedding], schema=self.schema(rows.users.type))
         if config.mode == "candidates":
@@ -194,7 +192,8 @@ class Scorer:
         return ranked_table(rows.users, best, best_scores, artifact)
 
     def _side(self, rows: Rows) -> tuple[Tensor, ...]:
-        """Give the argument for side features, where the model has them: other artifacts may know of none."""
+        """Give what comes after a method's histories."""
+        # Artifacts of models without side features may be of a time when no method took any.
         return (torch.from_numpy(rows.side_ids).to(self._config.device),) if self._artifact.side.names else ()
 
     def _question(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, int]:
