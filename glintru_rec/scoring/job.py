@@ -37,6 +37,7 @@ from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.examples import ExampleScorer
 from glintru_rec.scoring.fragments import Fragment, find_inputs
 from glintru_rec.scoring.ledger import Ledger, Record
+from glintru_rec.scoring.memory import FreedMemory
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
 from glintru_rec.scoring.report import REPORT_FILE, STAGES, SUCCESS_FILE, Counts, ScoreReport, Timing
@@ -47,7 +48,8 @@ from glintru_rec.scoring.writer import REJECTS_FOLDER, UNKNOWN_CANDIDATES_FOLDER
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
     """Score the users of a parquet input with an artifact, or go on with that.
 
-    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input. In a process group every
+    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input, and what they freed goes
+    back to the system (see `memory`). In a process group every
     rank calls this; each scores its share of the files, and the output is that of one process.
 
     Args:
@@ -85,11 +87,13 @@ def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = Non
             return before, share_out(missing, num_ranks)
 
         before, shares = on_first(begin)
+        give_back_freed = FreedMemory()
         rows_done, total = 0, sum(_num_rows(opened[name]) for name in shares[rank])
 
         def show(num_rows: int) -> None:
             nonlocal rows_done
             rows_done += num_rows
+            give_back_freed()
             if progress is not None:
                 progress(rows_done, total)
 

@@ -72,7 +72,7 @@ class _GrowingFile:
         self._path = path
         self._aside = aside_of(path)
         self._schema = schema
-        self._writer = pq.ParquetWriter(self._aside, schema, compression="zstd")
+        self._writer = pq.ParquetWriter(self._aside, schema, compression="zstd", use_dictionary=_repeating(schema))
         self._pending: list[pa.Table] = []
 
     def write(self, table: pa.Table) -> None:
@@ -94,3 +94,13 @@ class _GrowingFile:
         if self._pending:
             self._writer.write_table(pa.concat_tables(self._pending))
             self._pending = []
+
+
+def _repeating(schema: pa.Schema) -> list[str]:
+    """Give parquet's paths of the columns that a dictionary may make smaller: scores and vectors hardly ever repeat."""
+    paths = []
+    for field in schema:
+        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        if not pa.types.is_floating(field.type.value_type if is_list else field.type):
+            paths.append(f"{field.name}.list.element" if is_list else field.name)
+    return paths
