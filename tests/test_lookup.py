@@ -47,7 +47,9 @@ def test_many_integers_dense_and_far_apart(step):
 
 
 def test_a_part_of_an_array_of_texts():
-    found = TextLookup(pa.array(["x", "bb", "", "aaaaaaaaa"]).slice(1)).find(pa.array(["x", None, "aaaaaaaaa", "bb", ""]).slice(1))
+    found = TextLookup(pa.array(["x", "bb", "", "aaaaaaaaa"]).slice(1)).find(
+        pa.array(["x", None, "aaaaaaaaa", "bb", ""]).slice(1)
+    )
     assert found.tolist() == [-1, 2, 0, 1]
 
 

@@ -1,4 +1,4 @@
-"""Scoring against what it could cost at best: top-k against faiss, candidates against bare numpy; memory, ranks, start, opening.
+"""Scoring against what it could cost: top-k against faiss, candidates against numpy; memory, ranks, start, opening.
 
 python tools/bench_scoring.py top_k [num_items=1000000] [dim=64] [k=100] [users=256] [repeats=5]
 python tools/bench_scoring.py candidates [rows=50000] [candidates=100] [num_items=100000] [dim=64] [history=20] [repeats=3]
@@ -266,10 +266,17 @@ def bench_open(num_items: int, dim: int, bits: int, repeats: int) -> None:
     torch.manual_seed(0)
     cases = EvalCases(np.arange(100), np.arange(101), np.arange(100), np.arange(100))
     with TemporaryDirectory() as name:
-        options = {"max_seq_len": 50, "encoder_config": {}, "provenance": {}, "validation": Validation(cases, max_ndcg_loss=1.0)}
-        vectors = torch.randn(100, dim)
         export_artifact(
-            GlintRU(dim), "dot", vectors, vocabulary_of(100), f"{name}/small", precision=PRECISIONS[bits], **options
+            GlintRU(dim),
+            "dot",
+            torch.randn(100, dim),
+            vocabulary_of(100),
+            f"{name}/small",
+            max_seq_len=50,
+            encoder_config={},
+            provenance={},
+            precision=PRECISIONS[bits],
+            validation=Validation(cases, max_ndcg_loss=1.0),
         )
         # Rows that overlap: as many as are wanted, of no more memory than a number each.
         vectors = torch.randn(num_items + dim).as_strided((num_items, dim), (1, 1))

@@ -117,7 +117,7 @@ def _mixed(keys: np.ndarray) -> np.ndarray:
 
 
 def _hashes(texts: pa.Array, longest: int) -> np.ndarray:
-    """Hash strings by words of 8 bytes: strings ``[N]`` in, uint64 ``[N]`` out; those beyond ``longest`` bytes by their length."""
+    """Hash strings by words of 8 bytes: strings ``[N]`` in, uint64 ``[N]`` out; above ``longest`` by length alone."""
     _, offsets_buffer, data_buffer = texts.buffers()
     if not len(texts):
         return np.empty(0, dtype=np.uint64)

@@ -178,7 +178,9 @@ class ScoringModule(nn.Module):
         # torch takes no sparse matrix for one that holds more numbers than it has places, as lists may that repeat items.
         if is_plain and candidates.size(0) <= query.size(0) * num_items:
             # As a sparse matrix of the wanted products, [B, V]: each is summed up without a copy of its two vectors.
-            wanted = torch.sparse_csr_tensor(offsets, candidates, query.new_zeros(candidates.size(0)), [query.size(0), num_items])
+            wanted = torch.sparse_csr_tensor(
+                offsets, candidates, query.new_zeros(candidates.size(0)), [query.size(0), num_items]
+            )
             scores = torch.ops.aten.sparse_sampled_addmm(wanted, query, self.item_vectors.t(), beta=0.0).values()
         else:
             scores = self._products(query, candidates, sequence_index(offsets, candidates.size(0)))
