@@ -1,7 +1,7 @@
 """Scoring against what it could cost: top-k against faiss, candidates against numpy; memory, ranks, start, opening.
 
 python tools/bench_scoring.py top_k [num_items=1000000] [dim=64] [k=100] [users=256] [repeats=5]
-python tools/bench_scoring.py candidates [rows=50000] [candidates=100] [num_items=100000] [dim=64] [history=20] [repeats=3]
+python tools/bench_scoring.py candidates [rows=200000] [candidates=100] [num_items=100000] [dim=64] [history=20] [repeats=3]
 python tools/bench_scoring.py memory [rows=10000000] [num_items=100000] [dim=64] [history=20]
 python tools/bench_scoring.py ranks [rows=40000] [files=8] [nproc=2] [num_items=100000] [dim=64] [history=20] [repeats=3]
 python tools/bench_scoring.py start [num_items=10000] [dim=64] [repeats=3]
@@ -47,7 +47,7 @@ from glintru_rec.scoring.rows import Columns, Limits, Rows
 
 DEFAULTS = {
     "top_k": {"num_items": 1_000_000, "dim": 64, "k": 100, "users": 256, "repeats": 5},
-    "candidates": {"rows": 50_000, "candidates": 100, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
+    "candidates": {"rows": 200_000, "candidates": 100, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
     "memory": {"rows": 10_000_000, "num_items": 100_000, "dim": 64, "history": 20},
     "ranks": {"rows": 40_000, "files": 8, "nproc": 2, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
     "start": {"num_items": 10_000, "dim": 64, "repeats": 3},
@@ -59,15 +59,15 @@ POLL_SECONDS = 0.005
 REPOSITORY = Path(__file__).parents[1]
 
 
-def medians(repeats: int, **contestants: Callable[[], object]) -> dict[str, float]:
-    """Give the median seconds of each contestant, taking turns, after one turn to warm up."""
+def turns(repeats: int, **contestants: Callable[[], object]) -> dict[str, list[float]]:
+    """Give the seconds of each contestant in every turn, after one turn to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats + 1):
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 @torch.inference_mode()
@@ -95,7 +95,8 @@ def bench_top_k(num_items: int, dim: int, k: int, users: int, repeats: int) -> N
             return torch.cat(list(map_in_order(find, iter(query.split(-(-users // threads))), threads)))
 
     same = np.mean([len(np.intersect1d(*pair)) / k for pair in zip(ours().numpy(), index.search(query.numpy(), k)[1])])
-    seconds = medians(repeats, ours=ours, faiss=lambda: index.search(query.numpy(), k))
+    measured = turns(repeats, ours=ours, faiss=lambda: index.search(query.numpy(), k))
+    seconds = {name: statistics.median(times) for name, times in measured.items()}
     for name, value in seconds.items():
         print(f"{name:8}{users / value:12,.1f} users/s")
     print(f"threads={num_threads} items_equal={same:.4f} ratio_to_faiss={seconds['faiss'] / seconds['ours']:.2f}")
@@ -176,8 +177,10 @@ def bench_candidates(rows: int, candidates: int, num_items: int, dim: int, histo
             config.output = f"{name}/out-{next(outputs)}"
             score(config)
 
-        seconds = medians(repeats, job=job, encode=encode_all, numpy=bare)
-    seconds["job without encoding"] = seconds["job"] - seconds["encode"]
+        measured = turns(repeats, job=job, encode=encode_all, numpy=bare)
+    # Turn by turn, as a machine's speed changes more from one turn to another than within it.
+    measured["job without encoding"] = [whole - part for whole, part in zip(measured["job"], measured["encode"])]
+    seconds = {name: statistics.median(times) for name, times in measured.items()}
     for what, value in seconds.items():
         print(f"{what:22}{rows / value:14,.0f} rows/s")
     ratio = seconds["numpy"] / seconds["job without encoding"]

@@ -10,7 +10,8 @@ from glintru_rec.files import aside_of, publish
 
 REJECTS_FOLDER = "rejects"
 UNKNOWN_CANDIDATES_FOLDER = "unknown_candidates"
-_ROW_GROUP_BYTES = 32 << 20
+# The last one is encoded when all else is done, so a job ends that much later.
+_ROW_GROUP_BYTES = 16 << 20
 
 
 class FragmentWriter:
