@@ -88,6 +88,15 @@ def test_bench_scoring():
     assert re.search(r"^threads=1 ratio_to_numpy=-?[\d.]+$", text, re.MULTILINE)
     text = run("bench_scoring.py", "memory", *small)
     assert re.search(r"^threads=1 ratio_of_peaks=[\d.]+$", text, re.MULTILINE)
+    text = run("bench_scoring.py", "open", "num_items=300", "dim=8", "repeats=1")
+    assert re.search(r"^300 items, int8, .*\nseconds_of_module=[\d.]+ seconds_with_vocabulary=[\d.]+$", text, re.MULTILINE)
+
+
+def test_bench_scoring_of_processes():
+    text = run("bench_scoring.py", "ranks", "rows=40", "files=2", "num_items=50", "dim=8", "history=3", "repeats=1")
+    assert re.search(r"^threads=1 ratio_of_rates=[\d.]+$", text, re.MULTILINE)
+    text = run("bench_scoring.py", "start", "num_items=50", "dim=8", "repeats=1")
+    assert re.search(r"^threads=1 seconds_to_first_row=[\d.]+$", text, re.MULTILINE)
 
 
 def test_bench_scoring_of_top_k():

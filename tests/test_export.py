@@ -257,12 +257,34 @@ def test_table_is_neither_copied_nor_normalised():
         (("top_k", torch.arange(3), torch.tensor([3]), 0), "k is 0"),
         (("score", torch.arange(3), torch.tensor([3]), torch.arange(2), torch.tensor([1, 1])), "2 candidate lengths .* 1 hist"),
         (("score", torch.arange(3), torch.tensor([3]), torch.arange(2), torch.tensor([1])), "add up to 2 items"),
+        (
+            ("score", torch.arange(3), torch.tensor([3]), torch.tensor([0, NUM_ITEMS]), torch.tensor([2])),
+            "candidates are from 0 to",
+        ),
+        (
+            ("score", torch.arange(3), torch.tensor([3]), torch.tensor([5, -1]), torch.tensor([2])),
+            "candidates are from -1 to 5",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(arguments, message):
     method, *tensors = arguments
     with pytest.raises(ValueError, match=message):
         getattr(make_module(make_model()), method)(*tensors)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_lists_may_repeat_items_and_be_longer_than_the_catalog(similarity, times):
+    model = make_model(similarity=similarity)
+    item_ids, lengths, *_ = make_batch([3, 0, 5])
+    candidate_lengths = torch.tensor([0, NUM_ITEMS * times, NUM_ITEMS * times * 2])
+    candidates = torch.arange(NUM_ITEMS).repeat(3 * times)
+    scripted = torch.jit.script(make_module(model))
+    expected = eager_scores(model, item_ids, lengths)[torch.arange(3).repeat_interleave(candidate_lengths), candidates]
+    for _ in range(3):  # TorchScript watches the first call, and runs others as it optimised them
+        scores = scripted.score(item_ids, lengths, candidates, candidate_lengths)
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("item_id", [-1, NUM_ITEMS])

@@ -31,7 +31,10 @@ ENCODERS = {
 SCRIPTED = [("glint_ru", "dot"), ("light", "cosine"), ("bidirectional", "dot")]
 SCRIPTED += [("rec_grela", "dot"), ("lru_rec", "bias"), ("sasrec", "dot")]
 TRACED = [("light", "cosine")]
-CASES = [("torchscript", *case) for case in SCRIPTED] + [("pt2", *case) for case in TRACED]
+# Compiling takes 40 seconds an encoder.
+COMPILED = [("lru_rec", "dot")]
+CASES = [("torchscript", *case) for case in SCRIPTED]
+CASES += [("pt2", *case) for case in TRACED] + [("aoti", *case) for case in COMPILED]
 BATCHES = {
     "none": [],
     "one": [17],
@@ -67,7 +70,11 @@ with torch.inference_mode():
             items, top_k = [], lambda ids, lengths: run["top_k"](ids, lengths, 100)
         else:
             items = [torch.from_numpy(np.load(f"{folder}/item_vectors.npy"))]
-            run = {name: torch.export.load(f"{folder}/{name}.pt2").module() for name in manifest["signature"]}
+            files = {name: f"{folder}/{name}.pt2" for name in manifest["signature"]}
+            if manifest["format"] == "pt2":
+                run = {name: torch.export.load(file).module() for name, file in files.items()}
+            else:
+                run = {name: torch._inductor.aoti_load_package(file) for name, file in files.items()}
             top_k = lambda ids, lengths: run["top_k"](*items, ids, lengths, ids, lengths)
         for name, (ids, lengths, candidates, candidate_lengths, new_ids) in batches[manifest["format"]].items():
             out = outputs[folder, name] = {
@@ -110,7 +117,7 @@ def make_batch(lengths):
 
 
 def batches_of(format):
-    longest = 5000 if format == "torchscript" else 200  # a step of an uncompiled loop takes a millisecond
+    longest = 200 if format == "pt2" else 5000  # a step of an uncompiled loop takes a millisecond
     return {name: make_batch([min(length, longest) for length in lengths]) for name, lengths in BATCHES.items()}
 
 
@@ -129,7 +136,7 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     for format, encoder, kind in CASES:
         export(make_model(encoder, kind), folder / f"{format}-{encoder}", format)
-    torch.save({format: batches_of(format) for format in ("torchscript", "pt2")}, folder / "batches.pt")
+    torch.save({format: batches_of(format) for format in ("torchscript", "pt2", "aoti")}, folder / "batches.pt")
     (folder / "fresh.py").write_text(FRESH)
     names = [f"{format}-{encoder}" for format, encoder, _ in CASES]
     subprocess.run([sys.executable, "-I", "fresh.py", *names], cwd=folder, check=True)

@@ -1,8 +1,11 @@
 """The stages of a scoring job: bounded, in order, and with one output whatever the threads and ranks."""
 
+import ctypes
 import dataclasses
 import json
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +17,9 @@ from glintru_rec import GlintRU
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, export_artifact
-from glintru_rec.scoring import ScoreConfig, score
+from glintru_rec.scoring import ScoreConfig, memory, score
 from glintru_rec.scoring.fragments import find_inputs, open_fragments
+from glintru_rec.scoring.memory import FreedMemory
 from glintru_rec.scoring.pipeline import READ_AHEAD, map_in_order, one_thread_each, read_ahead
 from glintru_rec.scoring.ranks import share_out
 from glintru_rec.scoring.rows import Columns, Limits
@@ -189,3 +193,29 @@ def test_ranks_write_what_one_process_writes(artifact, tmp_path):
     score(alone)
     assert outputs(tmp_path / "four") == outputs(tmp_path / "one")
     assert (tmp_path / "four" / "_SUCCESS").exists()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_memory_freed_between_what_is_kept_goes_back_when_it_is_time(monkeypatch):
+    """Every hundredth of many small pieces is kept, so nothing lies free at the end of the heap."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    pieces = [library.malloc(1 << 14) for _ in range(10_000)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, 1 << 14)
+    for number, piece in enumerate(pieces):
+        if number % 100:
+            library.free(piece)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    give_back = FreedMemory()
+    before = resident()
+    give_back()
+    assert before - resident() < 10 << 20
+    monkeypatch.setattr(memory, "SECONDS_BETWEEN", 0.0)
+    give_back()
+    assert before - resident() > 100 << 20
+    for piece in pieces[::100]:
+        library.free(piece)

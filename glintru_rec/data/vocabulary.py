@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from glintru_rec.data.lookup import IntegerLookup, TextLookup
 from glintru_rec.errors import InputError
 from glintru_rec.files import aside_of, publish
 
@@ -129,24 +130,20 @@ class Vocabulary:
         return self.item_ids.take(pa.array(indices, pa.int64()))
 
     @cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.item_ids.to_numpy()
-        order = np.argsort(ids, kind="stable")
-        return ids[order], order
+    def _lookup(self) -> IntegerLookup | TextLookup:
+        return TextLookup(self.item_ids) if self.id_type == "string" else IntegerLookup(self.item_ids.to_numpy())
 
     def _encode_integers(self, values: pa.Array) -> np.ndarray:
+        assert isinstance(self._lookup, IntegerLookup)
         # Nulls are filled first: with nulls inside, numpy would be given floats.
-        numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
-        known = values.is_valid().to_numpy(zero_copy_only=False)
+        numbers = (values.fill_null(0) if values.null_count else values).to_numpy(zero_copy_only=False)
+        places = self._lookup.find(numbers.astype(np.int64, copy=False))
+        if values.null_count:
+            places[values.is_null().to_numpy(zero_copy_only=False)] = -1
         if numbers.dtype == np.uint64:
-            known &= numbers <= np.iinfo(np.int64).max
-        numbers = numbers.astype(np.int64)
-        ids, order = self._sorted
-        if not len(ids):
-            return np.full(len(numbers), -1)
-        places = np.searchsorted(ids, numbers).clip(max=len(ids) - 1)
-        return np.where(known & (ids[places] == numbers), order[places], -1)
+            places[numbers > np.iinfo(np.int64).max] = -1
+        return places
 
     def _encode_text(self, values: pa.Array) -> np.ndarray:
-        places = pc.index_in(values.cast(pa.string()), value_set=self.item_ids)
-        return places.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        assert isinstance(self._lookup, TextLookup)
+        return self._lookup.find(values.cast(pa.string()))

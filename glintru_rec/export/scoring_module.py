@@ -166,23 +166,29 @@ class ScoringModule(nn.Module):
             scores, float32 ``[C]``, in the order of ``candidates``.
 
         Raises:
-            ValueError: lengths do not add up, or there are candidates for more or fewer than B histories.
+            ValueError: lengths do not add up, there are candidates for more or fewer than B histories, or a candidate is no
+                item of the table.
         """
         if candidate_lengths.numel() != lengths.numel():
             raise ValueError(f"{candidate_lengths.numel()} candidate lengths were given for {lengths.numel()} histories")
-        query = self.encode(item_ids, lengths, side_ids)
-        rows = sequence_index(checked_offsets(candidate_lengths, candidates), candidates.size(0))
-        block = max(1, self.max_block_cells // query.size(1))
-        scores = query.new_empty(candidates.size(0))
-        query = query[:, : self.item_vectors.size(1)]
-        for start in range(0, candidates.size(0), block):
-            items = candidates[start : start + block]
-            block_scores = (query.index_select(0, rows[start : start + block]) * self._stored(items)).sum(1)
-            if self.score_scales.numel() > 0:
-                block_scores = block_scores * self.score_scales.index_select(0, items)
-            if self.item_biases.numel() > 0:
-                block_scores = block_scores + self.item_biases.index_select(0, items)
-            scores[start : start + block] = block_scores
+        offsets = checked_offsets(candidate_lengths, candidates)
+        self._check_items("candidates", candidates)
+        query = self.encode(item_ids, lengths, side_ids)[:, : self.item_vectors.size(1)].contiguous()
+        num_items = self.item_vectors.size(0)
+        is_plain = self.item_vectors.dtype == torch.float32 and not self.item_vectors.is_cuda
+        # torch takes no sparse matrix for one that holds more numbers than it has places, as lists may that repeat items.
+        if is_plain and candidates.size(0) <= query.size(0) * num_items:
+            # As a sparse matrix of the wanted products, [B, V]: each is summed up without a copy of its two vectors.
+            wanted = torch.sparse_csr_tensor(
+                offsets, candidates, query.new_zeros(candidates.size(0)), [query.size(0), num_items]
+            )
+            scores = torch.ops.aten.sparse_sampled_addmm(wanted, query, self.item_vectors.t(), beta=0.0).values()
+        else:
+            scores = self._products(query, candidates, sequence_index(offsets, candidates.size(0)))
+        if self.score_scales.numel() > 0:
+            scores = scores * self.score_scales.index_select(0, candidates)
+        if self.item_biases.numel() > 0:
+            scores = scores + self.item_biases.index_select(0, candidates)
         return scores
 
     @torch.jit.export
@@ -258,6 +264,15 @@ class ScoringModule(nn.Module):
             best_scores = best_scores.gather(1, order)
         return best_ids, best_scores
 
+    def _products(self, query: Tensor, items: Tensor, rows: Tensor) -> Tensor:
+        """Multiply stored rows of items with the queries of their rows, ``[C]``."""
+        block = max(1, min(self.max_block_cells, 1 << 17) // query.size(1))  # 512 KiB, which stay in the processor's cache
+        products = query.new_empty(items.size(0))
+        for start in range(0, items.size(0), block):
+            stored = self._stored(items[start : start + block])
+            products[start : start + block] = (query.index_select(0, rows[start : start + block]) * stored).sum(1)
+        return products
+
     def _embeddings(self, item_ids: Tensor, side_ids: Tensor | None) -> Tensor:
         """Look up what the encoder reads of events, ``[T, D]``."""
         rows = self._stored(item_ids)[:, : self.encoder.width]
@@ -269,6 +284,15 @@ class ScoringModule(nn.Module):
         """Look up rows of the table as float32, ``[n, W]``."""
         self._check_opened()
         return self.item_vectors.index_select(0, item_ids).to(torch.float32)
+
+    def _check_items(self, what: str, item_ids: Tensor) -> None:
+        self._check_opened()
+        if item_ids.numel() > 0:
+            least, largest = torch.aminmax(item_ids)
+            if int(least) < 0 or int(largest) >= self.item_vectors.size(0):
+                raise ValueError(
+                    f"{what} are from {int(least)} to {int(largest)}; there are {self.item_vectors.size(0)} items, from 0"
+                )
 
     def _check_opened(self) -> None:
         if self.item_vectors.size(0) == 0:

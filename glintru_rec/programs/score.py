@@ -14,7 +14,7 @@ from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.job import score
 from glintru_rec.scoring.ranks import rank_and_size
 from glintru_rec.scoring.update import update_states
-from glintru_rec.training.processes import process_group
+from glintru_rec.training.processes import process_group, quiet_dependencies
 
 __all__ = ["ScoreConfig", "score_program"]
 
@@ -28,6 +28,7 @@ def score_program(config: ScoreConfig) -> int:
 
     Under torchrun its ranks share the input's files out; the first one speaks.
     """
+    quiet_dependencies()
     with process_group("cpu", TIMEOUT_SECONDS) if "RANK" in os.environ else nullcontext():
         return _run(config)
 

@@ -40,6 +40,7 @@ from glintru_rec.scoring.examples import ExampleScorer
 from glintru_rec.scoring.fragments import Fragment, find_inputs
 from glintru_rec.scoring.index import IndexReport
 from glintru_rec.scoring.ledger import Ledger, Record
+from glintru_rec.scoring.memory import FreedMemory
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
 from glintru_rec.scoring.remote_ledger import RemoteLedger
@@ -53,7 +54,8 @@ _NOT_TERMS = ("artifact", "input", "output", "catalog")
 def score(config: ScoreConfig, progress: Callable[[int, int], None] | None = None) -> ScoreReport:
     """Score the users of a parquet input with an artifact, or go on with that.
 
-    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input. In a process group every
+    The batches in memory are bounded by the number of threads (see `pipeline`), not by the input, and what they freed goes
+    back to the system (see `memory`). In a process group every
     rank calls this; each scores its share of the files, and the output is that of one process.
 
     Args:
@@ -107,11 +109,13 @@ def _score(
             return before, share_out(missing, num_ranks)
 
         before, shares = on_first(begin)
+        give_back_freed = FreedMemory()
         rows_done, total = 0, sum(_num_rows(opened[name]) for name in shares[rank])
 
         def show(num_rows: int) -> None:
             nonlocal rows_done
             rows_done += num_rows
+            give_back_freed()
             if progress is not None:
                 progress(rows_done, total)
 

@@ -8,6 +8,7 @@ Shapes: R rows of a batch as read, B of them to be scored, T and C items of a ra
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -218,33 +219,49 @@ def plain(array: pa.Array) -> pa.Array:
 class _Lists:
     """A list column as read, ids looked up.
 
+    Most columns know all their ids and hold no null; what is not so is found in one pass, and costs more only where it is.
+
     Attributes:
         values: all ids, ``[T]``.
-        lengths: ids of each row, 0 where there is no list, ``[R]``.
-        rows: the row of each, ``[T]``.
+        lengths: ids of each row, 0 where there is no list, int64 ``[R]``.
         indices: the index of each, -1 where unknown, ``[T]``.
+        is_known: whether each has an index, ``[T]``; None where all have one.
         is_null: whether a row has no list, ``[R]``.
         holds_null: whether a row's list has a null inside, ``[R]``.
-        num_known: known ids of each row, ``[R]``.
+        num_known: known ids of each row, int64 ``[R]``.
     """
 
     def __init__(self, column: pa.Array, vocabulary: Vocabulary):
-        self.lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(column).fill_null(0)
+        self.lengths = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
         self.values = plain(column.flatten())
-        self.rows = np.repeat(np.arange(len(column)), self.lengths)
         self.indices = vocabulary.encode(self.values)
         self.is_null = is_null(column)
         self.holds_null = np.zeros(len(column), dtype=bool)
-        self.holds_null[self.rows[is_null(self.values)]] = True
-        self.num_known = np.bincount(self.rows[self.indices >= 0], minlength=len(column))
+        if self.values.null_count:
+            self.holds_null[self.rows[is_null(self.values)]] = True
+        is_known = self.indices >= 0
+        self.is_known = None if is_known.all() else is_known
+        self.num_known = self.lengths
+        if self.is_known is not None:
+            self.num_known = np.bincount(self.rows[is_known], minlength=len(column))
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The row of each id, ``[T]``."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def known(self, keep: np.ndarray) -> Ragged:
         """Give the known ids of the rows to keep."""
-        return Ragged(self.indices[(self.indices >= 0) & keep[self.rows]], self.num_known[keep])
+        if self.is_known is None:
+            return Ragged(self.indices if keep.all() else self.indices[keep[self.rows]], self.lengths[keep])
+        return Ragged(self.indices[self.is_known & keep[self.rows]], self.num_known[keep])
 
     def unknown(self, keep: np.ndarray) -> np.ndarray:
         """Give the places in ``values`` of the unknown ids of the rows to keep."""
-        return np.flatnonzero((self.indices < 0) & keep[self.rows])
+        if self.is_known is None:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(~self.is_known & keep[self.rows])
 
 
 def is_null(array: pa.Array) -> np.ndarray:

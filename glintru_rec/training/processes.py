@@ -65,7 +65,12 @@ def launch_id() -> str:
 
 def quiet_dependencies() -> None:
     """Hide warnings that torch and torchrec raise about their own code, which a user could change nothing about."""
-    for message in (".*broadcast_buffers.*", ".*we are deprecating ShardedTensor.*", ".*torch.distributed is disabled.*"):
+    for message in (
+        ".*broadcast_buffers.*",
+        ".*we are deprecating ShardedTensor.*",
+        ".*torch.distributed is disabled.*",
+        "Sparse CSR tensor support is in beta",
+    ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 

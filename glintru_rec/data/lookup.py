@@ -1,0 +1,136 @@
+"""Find the places of ids in a list of ids: tables that are built once, and no loop over ids.
+
+Shapes: V ids of the list, N ids that are looked for.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_MISSING = -1
+# A table with a cell for every number from the least id to the largest may have so many cells an id.
+_MAX_CELLS_PER_ID = 4
+# Of the hash table's slots, this share or less is taken, so that most ids are where they are first looked for.
+_SLOTS_PER_ID = 4
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio, odd
+_WORD = 8
+
+
+class IntegerLookup:
+    """Places of integers: in a plain table where they lie close together, else in a hash table.
+
+    Args:
+        ids: int64 ``[V]``, each once.
+    """
+
+    def __init__(self, ids: np.ndarray):
+        self._low = int(ids.min()) if len(ids) else 0
+        span = int(ids.max()) - self._low + 1 if len(ids) else 0
+        self._table: np.ndarray | None = None
+        if span <= _MAX_CELLS_PER_ID * len(ids):
+            # The last cell is that of all other numbers.
+            self._table = np.full(span + 1, _MISSING, dtype=np.min_scalar_type(-len(ids) - 1))
+            self._table[ids - self._low] = np.arange(len(ids))
+        else:
+            self._hashed = _HashTable(ids.view(np.uint64))
+
+    def find(self, numbers: np.ndarray) -> np.ndarray:
+        """Give the place of every number, -1 where it is not in the list: int64 ``[N]`` in, int64 ``[N]`` out."""
+        if self._table is None:
+            return self._hashed.find(numbers.view(np.uint64))
+        # As unsigned numbers, what lies below the least id lies beyond the largest, and so does what wraps around.
+        cells = (numbers - self._low).view(np.uint64)
+        return self._table[np.minimum(cells, np.uint64(len(self._table) - 1))].astype(np.int64)
+
+
+class TextLookup:
+    """Places of strings, by their hashes; what is found is compared, so different strings with one hash do no harm.
+
+    Args:
+        ids: strings ``[V]``, each once, none null.
+    """
+
+    def __init__(self, ids: pa.Array):
+        self._ids = ids
+        lengths = pc.binary_length(ids).to_numpy()
+        self._longest = int(lengths.max(initial=0))
+        hashes = _hashes(ids, self._longest)
+        ordered = np.sort(hashes)
+        # Two ids with one hash, which chance does not bring about: the table would know but one of them.
+        self._hashed = None if (ordered[1:] == ordered[:-1]).any() else _HashTable(hashes)
+
+    def find(self, texts: pa.Array) -> np.ndarray:
+        """Give the place of every string, -1 where it is not in the list or null: strings ``[N]`` in, int64 ``[N]`` out."""
+        if self._hashed is None:
+            return pc.index_in(texts, value_set=self._ids).fill_null(_MISSING).to_numpy(zero_copy_only=False).astype(np.int64)
+        places = self._hashed.find(_hashes(texts, self._longest))
+        found = self._ids.take(pa.array(places, mask=places < 0))
+        return np.where(pc.equal(found, texts).fill_null(False).to_numpy(zero_copy_only=False), places, _MISSING)
+
+
+class _HashTable:
+    """Open addressing with linear probing; all keys take a step at once.
+
+    Args:
+        keys: uint64 ``[V]``, each once.
+    """
+
+    def __init__(self, keys: np.ndarray):
+        self._keys = keys
+        bits = max(1, (_SLOTS_PER_ID * len(keys)).bit_length())
+        self._shift, self._mask = np.uint64(64 - bits), (1 << bits) - 1
+        self._slots = np.full(1 << bits, _MISSING, dtype=np.min_scalar_type(-len(keys) - 1))
+        waiting = np.arange(len(keys))
+        slots = self._first(keys)
+        while len(waiting):
+            free = self._slots[slots] == _MISSING
+            self._slots[slots[free]] = waiting[free]
+            # Of several keys that took one slot, one has it.
+            lost = self._slots[slots] != waiting
+            waiting, slots = waiting[lost], (slots[lost] + 1) & self._mask
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Give the place of every key, or -1."""
+        places = np.full(len(keys), _MISSING)
+        if not len(self._keys):
+            return places
+        waiting: np.ndarray | slice = slice(None)
+        slots = self._first(keys)
+        while len(slots):
+            here = self._slots[slots]
+            wanted = keys[waiting]
+            # An empty slot's -1 takes the last key: a comparison in vain, and no branch.
+            same = (self._keys[here] == wanted) & (here != _MISSING)
+            numbers = np.arange(len(keys)) if isinstance(waiting, slice) else waiting
+            places[numbers[same]] = here[same]
+            further = ~same & (here != _MISSING)
+            waiting, slots = numbers[further], (slots[further] + 1) & self._mask
+        return places
+
+    def _first(self, keys: np.ndarray) -> np.ndarray:
+        return (_mixed(keys) >> self._shift).astype(np.int64)
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """Let every bit of a key reach the high bits of the result."""
+    return (keys ^ (keys >> np.uint64(32))) * _MIX
+
+
+def _hashes(texts: pa.Array, longest: int) -> np.ndarray:
+    """Hash strings by words of 8 bytes: strings ``[N]`` in, uint64 ``[N]`` out; above ``longest`` by length alone."""
+    _, offsets_buffer, data_buffer = texts.buffers()
+    if not len(texts):
+        return np.empty(0, dtype=np.uint64)
+    offsets = np.frombuffer(offsets_buffer, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    data = np.zeros(offsets[-1] - offsets[0] + _WORD, dtype=np.uint8)  # whole words may be read to the end
+    if data_buffer is not None:
+        data[:-_WORD] = np.frombuffer(data_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]]
+    words = np.ndarray((len(data) - _WORD + 1,), dtype="<u8", buffer=data, strides=(1,))
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    hashes = _mixed(lengths.astype(np.uint64))
+    bytes_kept = np.array([(1 << 8 * n) - 1 for n in range(_WORD + 1)], dtype=np.uint64)
+    for place in range(0, longest, _WORD):
+        rows = np.flatnonzero((lengths > place) & (lengths <= longest))
+        word = words[starts[rows] + place] & bytes_kept[np.minimum(lengths[rows] - place, _WORD)]
+        hashes[rows] = _mixed(hashes[rows] ^ word)
+    return hashes
