@@ -22,8 +22,9 @@ def py(
     Args:
         overrides: data.path=DIR output=RUN_DIR [model=glint_ru|glint_ru_light|rec_grela|lru_rec|sasrec]
             [loss=sampled_softmax|full_softmax] [table=row_wise|table_wise|column_wise|auto|replicated] [experiment=NAME]
-            [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides; task=ranking trains a ranking model
-            (data.path=DIR output=RUN_DIR [tower=none|mean|glint_ru|...] [tower.init_from=RUN_DIR])
+            [data.vocabulary=dense|dynamic] [trainer.max_epochs=N] [trainer.seed=N] and other hydra overrides;
+            task=ranking trains a ranking model (data.path=DIR output=RUN_DIR [tower=none|mean|glint_ru|...]
+            [tower.init_from=RUN_DIR])
         nproc: processes (ranks) on each machine
         max_restarts: times that all ranks are restarted, from the last checkpoint, after a failure
         nnodes: machines; all of them must see data.path and output

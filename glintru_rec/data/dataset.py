@@ -50,8 +50,8 @@ class EvalCases:
 
     Attributes:
         history_items: the histories, one after the other, in time order, int64 ``[T]``.
-        history_offsets: where each starts, int64 ``[C + 1]``, from 0 to T. No history is empty.
-        targets: the items that followed, int64 ``[C]``.
+        history_offsets: where each starts, int64 ``[C + 1]``, from 0 to T. No history of a `SequenceDataset` is empty.
+        targets: the items that followed, int64 ``[C]``; -1 where the model does not know it (see `glintru_rec.data.admitted`).
         user_index: the place of each case's user in the dataset, int64 ``[C]``, ascending.
         history_side: side features of the histories' events, int16 ``[T, F]``; None where none were read.
     """

@@ -27,7 +27,7 @@ def measure_precision(module: Any, exact: ScoringModule, cases: EvalCases, max_c
         module: the exported module, with its item table.
         exact: the same model with the table in float32.
         cases: validation histories and the items that followed.
-        max_cases: at most so many of them, spread evenly over all, are looked at.
+        max_cases: at most so many of them, spread evenly over all, are looked at; none whose target is not known.
 
     Returns:
         ``users``; ``score_error``, the root mean square difference of the scores of the exact top 100, and
@@ -38,8 +38,10 @@ def measure_precision(module: Any, exact: ScoringModule, cases: EvalCases, max_c
     Raises:
         InputError: there are no cases.
     """
-    if not cases.targets.size:
-        raise InputError("the dataset has no user with three events or more: nothing to measure a precision on")
+    if not (cases.targets >= 0).any():
+        raise InputError(
+            "the dataset has no user with three events or more, whose target is known: nothing to measure a precision on"
+        )
     sums: dict[str, float] = dict.fromkeys(("error", "spread", "lists", "scores", "ndcg", "exact_ndcg"), 0.0)
     common = dict.fromkeys(_KS, 0.0)
     users = 0
@@ -75,8 +77,8 @@ def measure_precision(module: Any, exact: ScoringModule, cases: EvalCases, max_c
 
 def _batches(cases: EvalCases, max_cases: int) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
     """Give item_ids, lengths, targets and, where the cases have them, side features of some cases at a time."""
-    num_cases = cases.targets.size
-    chosen = np.unique(np.linspace(0, num_cases - 1, min(num_cases, max_cases)).astype(np.int64))
+    known = np.flatnonzero(cases.targets >= 0)
+    chosen = known[np.unique(np.linspace(0, known.size - 1, min(known.size, max_cases)).astype(np.int64))]
     starts, ends = cases.history_offsets[:-1], cases.history_offsets[1:]
     for first in range(0, chosen.size, _BATCH):
         some = chosen[first : first + _BATCH]

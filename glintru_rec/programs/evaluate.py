@@ -25,7 +25,7 @@ class EvaluateDataConfig:
     """What is evaluated on.
 
     Attributes:
-        path: a sequence dataset of the vocabulary that the run was trained on.
+        path: a sequence dataset of the vocabulary that the run was trained on; any, where that was dynamic.
     """
 
     path: str = MISSING
@@ -82,15 +82,15 @@ def evaluate_run(config: EvaluateConfig) -> None:
     dataset = SequenceDataset.open(config.data.path, side_features)
     protocol = config.protocol()
     with process_group(config.device) as device:
-        train_config, model = load_distributed(Path(config.checkpoint), dataset, device)
+        train_config, model, seen = load_distributed(Path(config.checkpoint), dataset, device)
         is_first = dist.get_rank() == 0
         progress = Progress("evaluate", dataset.eval_cases(config.split).targets.size, "users", enabled=is_first)
         metrics = evaluate(
-            model, dataset, protocol, train_config.data.max_seq_len, config.batch_users, lambda done, _: progress.update(done)
+            model, seen, protocol, train_config.data.max_seq_len, config.batch_users, lambda done, _: progress.update(done)
         )
         if is_first:
             write_config(config, output.with_name(output.stem + ".config.yaml"))
-            counted = {name: metrics.pop(name) for name in ("num_users", "num_targets_seen")}
+            counted = {name: metrics.pop(name) for name in ("num_users", "num_targets_seen", "num_targets_unknown")}
             described = {**protocol.describe(), **counted, "max_seq_len": train_config.data.max_seq_len}
             result = {"protocol": described, "metrics": metrics, "checkpoint": str(config.checkpoint)}
             write_json(output, {**result, "vocabulary_sha256": dataset.manifest["vocabulary_sha256"]})

@@ -18,7 +18,7 @@ from glintru_rec.files import sha256_of
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.ranking.exporting import export_ranking
 from glintru_rec.tables.sharding import TABLE_KEY
-from glintru_rec.training.build import check_vocabulary, load_unsharded
+from glintru_rec.training.build import PlainRun, dataset_seen_by, load_unsharded
 from glintru_rec.training.checkpoint import RunState
 from glintru_rec.training.processes import quiet_dependencies
 
@@ -71,13 +71,14 @@ def export_run(config: ExportConfig) -> None:
     if task_of_run(run_dir) == "ranking":
         _export_ranking_run(config)
         return
-    config_of_run, state, vocabulary, model = load_unsharded(run_dir)
+    run = load_unsharded(run_dir)
+    config_of_run, state, vocabulary, model, _ = run
     dataset = Path(config.data.path or config_of_run.data.path)
     side_vocabulary = SideVocabulary.load(run_dir)
     manifest = export_artifact(
         model.encoder,
         model.similarity,
-        model.state_dict()[TABLE_KEY][:, : model.vector_dim],
+        model.state_dict()[TABLE_KEY][: vocabulary.num_items, : model.vector_dim],
         vocabulary,
         config.output,
         max_seq_len=config_of_run.data.max_seq_len,
@@ -91,7 +92,7 @@ def export_run(config: ExportConfig) -> None:
         },
         precision=config.precision,
         format=config.format,
-        validation=None if config.precision == "fp32" else _validation(config, dataset, state, side_vocabulary),
+        validation=None if config.precision == "fp32" else _validation(config, dataset, run, side_vocabulary),
         side=model.side,
         side_vocabulary=side_vocabulary,
     )
@@ -124,14 +125,15 @@ def _export_ranking_run(config: ExportConfig) -> None:
     print(f"written: {config.output}")
 
 
-def _validation(config: ExportConfig, path: Path, state: RunState, side: SideVocabulary) -> Validation:
+def _validation(config: ExportConfig, path: Path, run: PlainRun, side: SideVocabulary) -> Validation:
     if not (path / MANIFEST_FILE).is_file():
         raise InputError(
             f"precision={config.precision} is measured on the run's dataset, which is not at {str(path)!r}: give data.path=…"
         )
     dataset = SequenceDataset.open(path, side.names)
-    check_vocabulary(dataset, state, Path(config.checkpoint))
-    return Validation(dataset.eval_cases("valid"), config.max_ndcg_loss, config.validation_users)
+    seen = dataset_seen_by(run.config, run.state, run.checkpoint, dataset, Path(config.checkpoint))
+    (cases,) = seen.case_blocks("valid")
+    return Validation(cases, config.max_ndcg_loss, config.validation_users)
 
 
 def _fingerprint(path: Path, state: RunState) -> str | None:

@@ -42,8 +42,9 @@ def train(config: TrainConfig) -> int:
         if dist.get_rank() == 0:
             plan = describe_plan(trainer.model, config.table)
             start(run_dir, config)
-            (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
-            dataset.vocabulary.save(run_dir / VOCABULARY_FILE)  # what the rows of the item table mean
+            if not config.dynamic:  # otherwise checkpoints say what the rows of the item table mean
+                (run_dir / VOCABULARY_FILE).parent.mkdir(exist_ok=True)
+                dataset.vocabulary.save(run_dir / VOCABULARY_FILE)
             dataset.side.save(run_dir)
             write_json(run_dir / "plan.json", plan)
             print_plan(plan)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.candidates import sample_candidates
+from glintru_rec.data.admitted import AdmittedDataset
 from glintru_rec.data.dataset import EvalCases, SequenceDataset
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
@@ -30,7 +31,7 @@ BLOCK_SCORES = 1 << 26
 @torch.no_grad()
 def evaluate(
     model: DistributedModelParallel,
-    dataset: SequenceDataset | RowGroupDataset,
+    dataset: SequenceDataset | RowGroupDataset | AdmittedDataset,
     protocol: Protocol,
     max_seq_len: int,
     batch_users: int,
@@ -40,16 +41,17 @@ def evaluate(
 
     Args:
         model: made by `glintru_rec.tables.sharding.distribute`; left in the mode it came in.
-        dataset: its ``protocol.split`` gives histories and targets. One on the disk is read by every rank, a few row groups at
-            a time.
+        dataset: its ``protocol.split`` gives histories and targets; items are the first ``num_items`` rows of the table. One
+            on the disk is read by every rank, a few row groups at a time.
         protocol: what the target is ranked against.
         max_seq_len: latest items of a history that the encoder reads; seen items are left out of the whole history.
         batch_users: users of one rank's batch.
         progress: called with (users done, users in all).
 
     Returns:
-        The metrics of `RankingMetrics.compute`, ``num_users``, and ``num_targets_seen``: targets that the user's own
-        history holds, which count as misses when seen items are left out. The same on every rank.
+        The metrics of `RankingMetrics.compute`, ``num_users``, ``num_targets_seen``: targets that the user's own history
+        holds, which count as misses when seen items are left out, and ``num_targets_unknown``: those that a dynamic vocabulary
+        lacks, misses always. The same on every rank.
     """
     was_training = model.training
     model.eval()
@@ -58,9 +60,10 @@ def evaluate(
     num_users = check_has_cases(dataset.num_cases, protocol.split)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rows, first_item = local_rows(model)
+    rows = rows[: max(0, dataset.num_items - first_item)]  # those behind are no item's
     counts = torch.from_numpy(dataset.train_counts()).to(device) if protocol.kind == "popularity" else None
     metrics = RankingMetrics(protocol.ks, device)
-    num_targets_seen = 0
+    counted = torch.zeros(2, dtype=torch.int64, device=device)  # targets seen, targets unknown
     num_done = 0
     for cases, start, stop in _groups(dataset, protocol.split, batch_users * world_size):
         shares = [(start + r * batch_users, min(start + (r + 1) * batch_users, stop)) for r in range(world_size)]
@@ -78,20 +81,23 @@ def evaluate(
             above, tied = _count_above_sampled(module, own, item_ids, offsets, side_ids, protocol, dataset.num_items, counts)
         ranks = target_ranks(above, tied)
         seen = everyone.target_is_seen()
-        num_targets_seen += int(seen.sum())
+        is_unknown = everyone.targets < 0
+        counted += torch.stack([seen.sum(), is_unknown.sum()])
         if protocol.exclude_seen:
             ranks = ranks.masked_fill(seen, UNRANKED)
+        ranks = ranks.masked_fill(is_unknown, UNRANKED)
         metrics.update(ranks)
         num_done += stop - start
         if progress is not None:
             progress(num_done, num_users)
     if protocol.kind != "full":  # each rank has ranked its own users
-        totals = torch.cat([metrics.state(), torch.tensor([float(num_targets_seen)], dtype=torch.float64, device=device)])
+        totals = metrics.state()
         dist.all_reduce(totals)
-        metrics.load_state(totals[:-1])
-        num_targets_seen = int(totals[-1])
+        dist.all_reduce(counted)
+        metrics.load_state(totals)
     model.train(was_training)
-    return {**metrics.compute(), "num_users": num_users, "num_targets_seen": num_targets_seen}
+    named = dict(zip(("num_targets_seen", "num_targets_unknown"), counted.tolist()))
+    return {**metrics.compute(), "num_users": num_users, **named}
 
 
 def check_has_cases(num_cases: int, split: str) -> int:
@@ -101,7 +107,9 @@ def check_has_cases(num_cases: int, split: str) -> int:
     return num_cases
 
 
-def _groups(dataset: SequenceDataset | RowGroupDataset, split: str, size: int) -> Iterator[tuple[EvalCases, int, int]]:
+def _groups(
+    dataset: SequenceDataset | RowGroupDataset | AdmittedDataset, split: str, size: int
+) -> Iterator[tuple[EvalCases, int, int]]:
     """Cut the cases of a split into groups of at most ``size``: the cases in memory, where it begins and ends there."""
     for cases in dataset.case_blocks(split):
         num_cases = cases.targets.size
@@ -195,20 +203,21 @@ def _count_above_sampled(
     """Count the sampled candidates that score above, and equal to, each user's target: two int64 ``[B]``."""
     assert protocol.num_candidates is not None
     seen, seen_offsets = users.history, users.offsets
+    targets = users.targets.clamp(min=0)  # any item will do for a target that is not known: it is a miss
     if not protocol.exclude_seen:
         seen, seen_offsets = seen[:0], offsets_from_lengths(torch.zeros_like(users.targets))
     negatives = sample_candidates(
         protocol.kind,
         protocol.num_candidates,
         users.user_index,
-        users.targets,
+        targets,
         seen,
         seen_offsets,
         num_items,
         counts,
         protocol.seed,
     )
-    candidates = torch.cat([users.targets.unsqueeze(1), negatives], dim=1)
+    candidates = torch.cat([targets.unsqueeze(1), negatives], dim=1)
     query, vectors = module.encode(item_ids, offsets, candidates.reshape(-1), side_ids)
     scores = (vectors.view(*candidates.shape, query.size(1)) @ query.unsqueeze(2)).squeeze(2)
     rivals, target = scores[:, 1:], scores[:, :1]

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from glintru_rec.config import from_yaml
+from glintru_rec.data.admitted import AdmittedDataset
 from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
+from glintru_rec.data.id_map import ID_MAP_FILE, IdMap, read_admitted
 from glintru_rec.data.reader import Ranks, RowGroupBatches
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.data.side_features import SideVocabulary
@@ -82,6 +84,11 @@ def build_batches(
     )
 
 
+def build_uniform(loss: LossConfig, num_items: int) -> NegativeSampler:
+    """Make the sampler of this rank's negatives for ``loss.negatives=uniform``."""
+    return NegativeSampler(Uniform(num_items), loss.num_negatives, join=join_ids if loss.gather_negatives else None)
+
+
 def build_negatives(
     loss: LossConfig,
     dataset: SequenceDataset | RowGroupDataset,
@@ -92,7 +99,7 @@ def build_negatives(
     num_items, num_draws = dataset.num_items, loss.num_negatives
     join = join_ids if loss.gather_negatives else None
     if loss.negatives == "uniform":
-        return NegativeSampler(Uniform(num_items), num_draws, join=join)
+        return build_uniform(loss, num_items)
     if loss.negatives == "log_uniform":
         return NegativeSampler(LogUniform(num_items), num_draws, join=join)
     if loss.negatives == "popularity":
@@ -114,9 +121,18 @@ def load_run(run_dir: Path, checkpoint: Path) -> tuple[TrainConfig, RunState]:
     return config, state
 
 
+def check_kind(dynamic: bool, state: RunState, run_dir: Path) -> None:
+    """Raise an `InputError` unless a run's vocabulary is of the kind that is asked for."""
+    if dynamic != state.dynamic:
+        kinds = [f"data.vocabulary={'dynamic' if kind else 'dense'}" for kind in (state.dynamic, dynamic)]
+        raise InputError(f"{run_dir} was trained with {kinds[0]}, this run has {kinds[1]}: its item table has other rows")
+
+
 def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
-    """Raise an `InputError` unless a run's tables belong to the dataset's vocabularies."""
+    """Raise an `InputError` unless a run was trained on the dataset's vocabularies."""
     if dataset.manifest["vocabulary_sha256"] != state.vocabulary_sha256:
+        if state.dynamic:
+            raise InputError(f"{run_dir} was begun with other data; new data begin a new run, by trainer.init_from={run_dir}")
         raise InputError(
             f"{run_dir} was trained on another vocabulary (sha256 {state.vocabulary_sha256[:12]}…) than the dataset's "
             f"({dataset.manifest['vocabulary_sha256'][:12]}…): its item table does not belong to these items"
@@ -139,34 +155,61 @@ def check_grown_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: Ru
 
 def load_distributed(
     run_dir: Path, dataset: SequenceDataset, device: torch.device
-) -> tuple[TrainConfig, DistributedModelParallel]:
-    """Make the model of a run on all ranks, with the weights of its best checkpoint.
+) -> tuple[TrainConfig, DistributedModelParallel, SequenceDataset | AdmittedDataset]:
+    """Make the model of a run on all ranks, with the weights of its best checkpoint; give the dataset as it sees it.
 
     The dataset was opened with the run's side features.
     """
     checkpoint = _agreed_best(run_dir)
     config, state = load_run(run_dir, checkpoint)
-    check_vocabulary(dataset, state, run_dir)
+    seen = dataset_seen_by(config, state, checkpoint, dataset, run_dir)
     if device.type == "cpu":  # a run that kept rows in main memory beside a GPU has them there
         config = replace(config, table=replace(config.table, kernel="fused"))
-    model = build_distributed(config, dataset.num_items, device, dataset.side.sizes)
+    model = build_distributed(config, config.num_rows(dataset.num_items), device, dataset.side.sizes)
     load_checkpoint(checkpoint, model)
-    return config, model
+    return config, model, seen
 
 
-def warm_start(model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset | RowGroupDataset) -> None:
+def dataset_seen_by(
+    config: TrainConfig, state: RunState, checkpoint: Path, dataset: SequenceDataset, run_dir: Path
+) -> SequenceDataset | AdmittedDataset:
+    """Give a dataset as the model of a checkpoint sees it: as it is, or where the vocabulary is dynamic in rows of the table.
+
+    Raises:
+        InputError: the item table does not belong to the dataset's items.
+    """
+    if not config.dynamic:
+        check_vocabulary(dataset, state, run_dir)
+        return dataset
+    id_map = IdMap(dataset.vocabulary, config.vocabulary)
+    id_map.load(checkpoint / ID_MAP_FILE)
+    return AdmittedDataset(dataset, id_map)
+
+
+def warm_start(
+    model: DistributedModelParallel, run_dir: Path, dataset: SequenceDataset | RowGroupDataset, id_map: IdMap | None = None
+) -> None:
     """Fill a fresh model on all ranks with the weights of another run's best checkpoint.
 
     What has no weights may differ: dropout, ``causal``, the sharding of the table. A dataset that has grown
-    (``prepare base=…``) starts with the run's items: they get their rows, those that came later keep their random ones.
+    (``prepare base=…``) starts with the run's items: they get their rows, those that came later keep their random ones. With
+    an id map the dataset may be any: the map goes on where the other run's was, so that every item which that one knew keeps
+    its row.
 
     Raises:
         InputError: no run directory, of a vocabulary that the dataset's does not begin with, or with tensors of other names or
             shapes.
     """
     checkpoint = _agreed_best(run_dir)
-    check_grown_vocabulary(dataset, read_state(checkpoint), run_dir)
-    load_checkpoint(checkpoint, model, may_grow=True)
+    state = read_state(checkpoint)
+    check_kind(id_map is not None, state, run_dir)
+    if id_map is None:
+        check_grown_vocabulary(dataset, state, run_dir)
+        load_checkpoint(checkpoint, model, may_grow=True)
+    else:
+        id_map.load(checkpoint / ID_MAP_FILE)
+        id_map.begin_run()
+        load_checkpoint(checkpoint, model)
 
 
 def _agreed_best(run_dir: Path) -> Path:
@@ -182,8 +225,11 @@ class PlainRun(NamedTuple):
     state: RunState
     """Where the run stood at its best checkpoint."""
     vocabulary: Vocabulary
+    """Of the item table: row i is item i's. A dynamic one's table may have more rows, which are no item's."""
     model: SequenceModel
     """Whole, on the CPU, in evaluation mode, with the weights of the best checkpoint."""
+    checkpoint: Path
+    """That they are of."""
 
 
 def load_unsharded(run_dir: Path) -> PlainRun:
@@ -194,12 +240,15 @@ def load_unsharded(run_dir: Path) -> PlainRun:
     """
     checkpoint = best_checkpoint(run_dir)
     config, state = load_run(run_dir, checkpoint)
-    vocabulary = Vocabulary.load(run_dir / VOCABULARY_FILE)
-    if vocabulary.sha256 != state.vocabulary_sha256:
-        raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")
+    if config.dynamic:
+        vocabulary = read_admitted(checkpoint / ID_MAP_FILE, config.vocabulary.capacity)
+    else:
+        vocabulary = Vocabulary.load(run_dir / VOCABULARY_FILE)
+        if vocabulary.sha256 != state.vocabulary_sha256:
+            raise InputError(f"{run_dir / VOCABULARY_FILE} is not the vocabulary that the run was trained on")
     table = replace(config.table, sharding="replicated", optimizer="adamw", dtype="fp32", kernel="fused")
     plain = replace(config, table=table)
     side = SideVocabulary.load(run_dir).choose(config.model.side_features)
-    model = build_model(plain, vocabulary.num_items, torch.device("cpu"), side.sizes)
+    model = build_model(plain, config.num_rows(vocabulary.num_items), torch.device("cpu"), side.sizes)
     load_plain(checkpoint, model)
-    return PlainRun(config, state, vocabulary, model.eval())
+    return PlainRun(config, state, vocabulary, model.eval(), checkpoint)

@@ -2,7 +2,8 @@
 
 ::
 
-    RUN_DIR/checkpoints/step-00001200/   torch.distributed.checkpoint files and progress.json
+    RUN_DIR/checkpoints/step-00001200/   torch.distributed.checkpoint files, progress.json, and id_map.parquet where the
+                                         vocabulary is dynamic
 
 What bears the name ``step-…`` is whole.
 """
@@ -48,6 +49,7 @@ class RunState:
         validated_step: step of the last validation; -1 before the first.
         value: NDCG@10 of the weights of this very step; None while they are not validated.
         averaged: whether the checkpoint's model is an average of weights; those that training goes on with lie beside it.
+        dynamic: whether an id map says which item has which row (``data.vocabulary``); it lies beside the tensors.
     """
 
     model_fingerprint: str
@@ -64,6 +66,7 @@ class RunState:
     validated_step: int = -1
     value: float | None = None
     averaged: bool = False
+    dynamic: bool = False
 
     @property
     def place(self) -> Place:

@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.errors import InputError
 from glintru_rec.files import publish, write_json
 from glintru_rec.training.averaging import WeightAverage
@@ -65,6 +68,7 @@ class CheckpointWriter:
         in_background: go on with training once the tensors are copied, which takes as much memory as they do; otherwise once
             they are on the disk.
         timeout_seconds: how long a rank waits for the others to write their part.
+        id_map: saved beside the tensors; equal on all ranks.
     """
 
     def __init__(
@@ -77,9 +81,10 @@ class CheckpointWriter:
         keep_best: int,
         in_background: bool,
         timeout_seconds: float,
+        id_map: IdMap | None = None,
     ):
         self.run_dir, self.model, self.optimizer, self.average = run_dir, model, optimizer, average
-        self.keep_last, self.keep_best, self.in_background = keep_last, keep_best, in_background
+        self.keep_last, self.keep_best, self.in_background, self.id_map = keep_last, keep_best, in_background, id_map
         # A group of the thread's own: its collectives must not interleave with those of training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self.thread: threading.Thread | None = None
@@ -95,8 +100,9 @@ class CheckpointWriter:
         is_new = torch.tensor([int(not folder_of(self.run_dir, state.step).exists())])
         dist.broadcast(is_new, 0)  # all ranks must agree, and the first has published the one before
         tensors = self._copy_tensors() if is_new.item() else None
+        id_map = self.id_map.to_table() if is_new.item() and self.id_map is not None and dist.get_rank() == 0 else None
         # A daemon: if training fails meanwhile, the process ends without waiting for ranks that may be gone.
-        self.thread = threading.Thread(target=self._write, args=(save, tensors), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(save, tensors, id_map), name="checkpoint", daemon=True)
         self.thread.start()
         if not self.in_background:
             self.thread.join()
@@ -126,7 +132,7 @@ class CheckpointWriter:
             # The average is in the model only until this returns.
             return _copy(tensors) if self.in_background or self.average else tensors
 
-    def _write(self, save: Save, tensors: dict[str, Any] | None) -> None:
+    def _write(self, save: Save, tensors: dict[str, Any] | None, id_map: pa.Table | None) -> None:
         start = time.monotonic()
         if self.model.device.type == "cuda":  # the current device is a thread's own, and copies are waited for on it
             torch.cuda.set_device(self.model.device)
@@ -140,11 +146,13 @@ class CheckpointWriter:
                         shutil.rmtree(left, ignore_errors=True)
                 dist.barrier(self.group)
                 dcp.save(tensors, checkpoint_id=partial, process_group=self.group)
+            if id_map is not None:
+                pq.write_table(id_map, partial / ID_MAP_FILE, compression="zstd")
             if is_first:
                 write_json((partial if tensors is not None else target) / "progress.json", asdict(save.state))
                 if tensors is not None:
                     publish(partial, target)
-        except (CheckpointException, OSError, InputError) as error:  # CheckpointException is no Exception
+        except (CheckpointException, OSError, pa.ArrowException, InputError) as error:  # CheckpointException is no Exception
             save.error = reason_of(error)
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
+from glintru_rec.data.id_map import VocabularyConfig
 from glintru_rec.errors import InputError
 from glintru_rec.losses.softmax import PRECISIONS
 from glintru_rec.model import check_similarity
@@ -21,6 +22,9 @@ class DataConfig:
 
     Attributes:
         path: a sequence dataset, made by ``launch/prepare.py``.
+        vocabulary: ``dense``: the dataset's items have a row of the item table each. ``dynamic``: its vocabulary is a mere list
+            of ids; items get rows while training goes on, and lose them, as ``vocabulary`` says (see
+            `glintru_rec.data.id_map`).
         max_seq_len: most items that the encoder reads, in training, evaluation and scoring: the latest ones.
         reversed_share: share of the training histories that are read backwards in the first ``reversed_epochs``: helps
             where few events are known of an item.
@@ -32,6 +36,7 @@ class DataConfig:
     """
 
     path: str = MISSING
+    vocabulary: str = "dense"
     max_seq_len: int = 200
     reversed_share: float = 0.0
     reversed_epochs: int = 0
@@ -39,6 +44,7 @@ class DataConfig:
     row_groups_held: int = 8
 
     def __post_init__(self):
+        one_of("data.vocabulary", self.vocabulary, ("dense", "dynamic"))
         check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 1, "at least 1")
         one_of("data.reader", self.reader, ("memory", "row_groups"))
         check("data.row_groups_held", self.row_groups_held, self.row_groups_held >= 1, "at least 1")
@@ -198,7 +204,8 @@ class TrainerConfig:
             and the run fails (torchelastic's ``--max_restarts`` then starts all ranks anew).
         init_from: a run directory with whose best weights training starts; empty: random weights. The encoder must have
             the same parameters and the dataset the same vocabulary, or one grown from it (``prepare base=…``), whose new items
-            start at random; optimizers start anew.
+            start at random; optimizers start anew. With ``data.vocabulary=dynamic`` the dataset may be any: items that the run
+            knew start with their rows.
         resume: go on from the newest checkpoint in ``output``; a directory with a run in it is refused otherwise.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
@@ -264,6 +271,7 @@ class TrainConfig:
     output: str = MISSING
     task: str = "retrieval"
     data: DataConfig = field(default_factory=DataConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     table: TableConfig = field(default_factory=TableConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -287,6 +295,42 @@ class TrainConfig:
             raise InputError(
                 f"optimizer.ema_decay={self.optimizer.ema_decay} needs table.sharding=replicated: averaging a "
                 f"{self.table.sharding} table would touch all of its rows at every step"
+            )
+        if self.dynamic:
+            self._check_dynamic()
+        elif self.vocabulary != VocabularyConfig():
+            raise InputError("vocabulary.* has no effect with data.vocabulary=dense: give data.vocabulary=dynamic, or leave it")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether items get their rows while training goes on."""
+        return self.data.vocabulary == "dynamic"
+
+    def num_rows(self, num_items: int) -> int:
+        """Give the rows of the item table for a dataset of so many items."""
+        return self.vocabulary.capacity if self.dynamic else num_items
+
+    def _check_dynamic(self) -> None:
+        if not self.vocabulary.capacity:
+            raise InputError("data.vocabulary=dynamic needs vocabulary.capacity, the rows of the item table: give it")
+        if self.loss.name == "sampled_softmax" and self.loss.negatives != "uniform":
+            raise InputError(
+                f"loss.negatives={self.loss.negatives} needs how often each item is a target, which nobody knows while "
+                "data.vocabulary=dynamic admits items: use uniform, or loss=full_softmax"
+            )
+        if self.model.side_features:
+            raise InputError(
+                f"model.side_features={self.model.side_features}: data.vocabulary=dynamic is of items alone; leave them"
+            )
+        if self.optimizer.ema_decay > 0:
+            raise InputError(
+                f"optimizer.ema_decay={self.optimizer.ema_decay}: an average of the weights would mix rows of evicted items "
+                "with their successors' (data.vocabulary=dynamic); use 0"
+            )
+        if self.table.kernel != "fused":
+            raise InputError(
+                f"table.kernel={self.table.kernel}: rows that data.vocabulary=dynamic draws anew would be overwritten from "
+                "the cache; use fused"
             )
 
     def model_fingerprint(self) -> str:

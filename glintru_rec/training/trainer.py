@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glintru_rec.data.batches import START, Batch
 from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
 from glintru_rec.losses import full_softmax, sampled_softmax
@@ -18,10 +19,19 @@ from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
-from glintru_rec.training.build import build_batches, build_distributed, build_negatives, check_vocabulary, warm_start
+from glintru_rec.training.build import (
+    build_batches,
+    build_distributed,
+    build_negatives,
+    build_uniform,
+    check_kind,
+    check_vocabulary,
+    warm_start,
+)
 from glintru_rec.training.checkpoint import RunState, from_first_rank, load_checkpoint, newest_checkpoint, read_state
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
+from glintru_rec.training.dynamic_items import DynamicItems
 from glintru_rec.training.ending import write_finished
 from glintru_rec.training.monitor import BadLoss, Monitor, describe_checkpoints, name_batch
 from glintru_rec.training.processes import StopSignals, seed_step
@@ -48,18 +58,20 @@ class Trainer:
         self.config, self.dataset, self.device = config, dataset, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(config.output)
-        self.num_items = dataset.num_items
+        self.num_items = config.num_rows(dataset.num_items)
+        id_map = IdMap(dataset.vocabulary, config.vocabulary) if config.dynamic else None
         check_has_cases(dataset.num_cases, "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device, dataset.side.sizes)
         # A run that goes on has weights of its own.
         if config.trainer.init_from and from_first_rank(lambda: newest_checkpoint(self.run_dir)) is None:
-            warm_start(self.model, Path(config.trainer.init_from), dataset)
+            warm_start(self.model, Path(config.trainer.init_from), dataset, id_map)
         dense = config.optimizer
         self.optimizer = build_optimizer(
             self.model,
             config.table,
             lambda groups: torch.optim.AdamW(groups, lr=dense.learning_rate, weight_decay=dense.weight_decay, fused=True),
         )
+        self.items = DynamicItems(config, id_map, self.model, self.optimizer) if id_map else None
         self.learning_rates = LearningRates(self.optimizer, dense.schedule, dense.warmup_steps)
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
         self.sampled_softmax = sampled_softmax
@@ -67,10 +79,13 @@ class Trainer:
             self.model.module.encoder.compile(fullgraph=True, dynamic=True)
             self.sampled_softmax = torch.compile(sampled_softmax, fullgraph=True, dynamic=True)
         self.batches = build_batches(config, dataset, self.model.module.encoder.causal)
+        self.num_candidates = self.num_items  # items that the loss ranges over; a dynamic vocabulary says otherwise
         self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
         vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
         averaged = self.average is not None
-        self.state = RunState(config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged)
+        self.state = RunState(
+            config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged, dynamic=config.dynamic
+        )
         self.checkpoints = CheckpointWriter(
             self.run_dir,
             self.model,
@@ -80,6 +95,7 @@ class Trainer:
             config.trainer.keep_best,
             config.trainer.checkpoint_in_background,
             config.trainer.timeout_seconds,
+            id_map,
         )
         spread = config.table.sharding == "row_wise"
         meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
@@ -95,6 +111,7 @@ class Trainer:
         state = read_state(newest)
         if state.model_fingerprint != self.state.model_fingerprint:
             raise InputError(f"{newest} was written by another model; resume with its config, or choose another output")
+        check_kind(self.config.dynamic, state, self.run_dir)
         check_vocabulary(self.dataset, state, self.run_dir)
         if state.averaged != self.state.averaged:
             raise InputError(
@@ -107,6 +124,8 @@ class Trainer:
             self.epoch_begun_anew = state.epoch
             if self.rank == 0:
                 print("batches or data are other ones than before: the epoch under way starts anew", flush=True)
+        if self.items is not None:
+            self.items.id_map.load(newest / ID_MAP_FILE)
         load_checkpoint(newest, self.model, self.optimizer, self.average)
         self.state = state
         if self.rank == 0:
@@ -206,6 +225,8 @@ class Trainer:
             Sum of this rank's losses and number of its targets, float64 ``[2]``.
         """
         seed_step(self.config.trainer.seed, self.state.step, self.rank)
+        if self.items is not None:
+            batch = self._admit(batch, self.items)
         self._set_learning_rates()
         self.optimizer.zero_grad()
         losses = self._losses(batch)
@@ -220,13 +241,21 @@ class Trainer:
             self.average.update(self.state.step)
         return torch.stack([losses.detach().sum().double(), losses.new_tensor(losses.numel(), dtype=torch.float64)])
 
+    def _admit(self, batch: Batch, items: DynamicItems) -> Batch:
+        """Give a batch in rows of the table; the loss ranges over those that are in use from now on."""
+        batch = items.enter(batch, self.state)
+        self.num_candidates = items.num_items
+        if not self.whole_catalog:
+            self.negatives = build_uniform(self.config.loss, items.num_items)
+        return batch
+
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
         item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
         side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
         if self.whole_catalog:
-            own = answered_ids(self.num_items)  # all ranks together have all
+            own = answered_ids(self.num_candidates)  # all ranks together have all
             own_ids = torch.arange(own.start, own.stop, device=self.device)
             output = self.model(item_ids, offsets, own_ids, loss.horizon, loss.horizon_decay, side_ids)
             vectors = (output.query, output.aim, output.negatives)
@@ -261,8 +290,9 @@ class Trainer:
         # Validation would be compiled anew, without gradients: longer than it takes.
         uncompiled = torch.compiler.set_stance("force_eager") if self.config.trainer.compile else nullcontext()
         with self.average.in_place() if self.average else nullcontext(), uncompiled:
+            dataset = self.items.view(self.dataset) if self.items else self.dataset
             metrics = evaluate(
-                self.model, self.dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
+                self.model, dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
             )
         seconds = time.monotonic() - seconds
         state.value = metrics["ndcg@10"]
@@ -276,6 +306,8 @@ class Trainer:
             best = "  best so far" if state.best_step == state.step else ""
             figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr@10"))
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
+            if self.items is not None:
+                print(self.items.describe(), flush=True)
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless the loss has gone bad."""
@@ -344,6 +376,8 @@ class Trainer:
         figures = self.monitor.collect()
         if figures is None:
             return
+        if self.items is not None:
+            figures |= self.items.collect()
         if self.log is not None:
             self.log.write("train", self.state.step, self.state.epoch, **figures)
         speed = f"loss {figures['loss']:.4f}  {figures['targets_per_second']:,.0f} targets/s"
