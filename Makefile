@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 EXAMINED := $(VENV)/.examined
 PIP := $(VENV)/bin/pip --disable-pip-version-check -qq
 OUT := outputs/ml100k
+# Tests have one thread each, and some start ranks of their own; a file's tests share what one process has trained.
+TEST_PROCESSES ?= 2
 
 # torch, fbgemm and torchrec move together; fbgemm has a build for CUDA machines and one for all others.
 TORCH := torch==2.13.0
@@ -74,7 +76,7 @@ $(OUT)/scores/_SUCCESS: $(OUT)/artifact/manifest.json $(OUT)/histories.parquet
 	torchx run launch/score.py artifact=$(OUT)/artifact input=$(OUT)/histories.parquet output=$(OUT)/scores mode=top_k top_k=100
 
 test: $(READY)
-	python -m pytest
+	python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	ruff check .
