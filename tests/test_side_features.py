@@ -313,8 +313,11 @@ def test_a_run_and_a_dataset_of_other_values_are_refused(folder, tmp_path):
     other = PrepareConfig(str(tmp_path / "log.parquet"), str(tmp_path / "dataset"), side_columns=["action"])
     prepare(other, lambda _: None)
     config = EvaluateConfig(str(folder / "with"), str(tmp_path / "e.json"), EvaluateDataConfig(str(tmp_path / "dataset")))
-    with pytest.raises(InputError, match="2 values of side feature 'action', and they are not the 2 of the dataset"):
+    refusal = "2 values of side feature 'action', and they are not the 2 of the dataset"
+    with pytest.raises(InputError, match=refusal):
         evaluate_run(config)
+    with pytest.raises(InputError, match=refusal):  # neither does a run start from it: the items alone are the same
+        train(train_config(tmp_path, "run", "model.side_features=[action]", f"trainer.init_from={folder / 'with'}"))
 
 
 def test_text_logs_have_values_as_they_are_written(tmp_path):

@@ -137,6 +137,18 @@ def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState
             f"{run_dir} was trained on another vocabulary (sha256 {state.vocabulary_sha256[:12]}…) than the dataset's "
             f"({dataset.manifest['vocabulary_sha256'][:12]}…): its item table does not belong to these items"
         )
+    _check_side_vocabulary(dataset, run_dir)
+
+
+def check_grown_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
+    """Raise an `InputError` unless the dataset begins with all items of a run's, and has its values of side features."""
+    num_known = Vocabulary.load(run_dir / VOCABULARY_FILE).num_items
+    if dataset.vocabulary.first(num_known).sha256 != state.vocabulary_sha256:
+        check_vocabulary(dataset, state, run_dir)
+    _check_side_vocabulary(dataset, run_dir)
+
+
+def _check_side_vocabulary(dataset: SequenceDataset | RowGroupDataset, run_dir: Path) -> None:
     trained = SideVocabulary.load(run_dir).values
     for name, values in dataset.side.values.items():
         if trained.get(name, values) != values:
@@ -144,13 +156,6 @@ def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState
                 f"{run_dir} was trained with {len(trained[name])} values of side feature {name!r}, and they are not the "
                 f"{len(values)} of the dataset: its table does not belong to these"
             )
-
-
-def check_grown_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
-    """Raise an `InputError` unless the dataset's vocabulary begins with all items of a run's."""
-    num_known = Vocabulary.load(run_dir / VOCABULARY_FILE).num_items
-    if dataset.vocabulary.first(num_known).sha256 != state.vocabulary_sha256:
-        check_vocabulary(dataset, state, run_dir)
 
 
 def load_distributed(
