@@ -182,11 +182,16 @@ def test_what_cannot_be_a_base(tmp_path):
     run(tmp_path / "log", tmp_path / "base", **LOOSE)
     with pytest.raises(InputError, match="was prepared with min_user_events=1 min_item_events=1, not min_user_events=5 min_i"):
         run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"))
-    (tmp_path / "base/rare.parquet").unlink()
+    rare = tmp_path / "base/rare.parquet"
+    whole = rare.read_bytes()
+    rare.unlink()
     with pytest.raises(InputError, match=r"has no '.*base/rare.parquet', so nothing can be appended to it"):
         run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
+    rare.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"base/rare.parquet' cannot be read: .*; copy or prepare the dataset again"):
+        run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
+    rare.write_bytes(whole)
     part = pq.read_table(tmp_path / "base/sequences/part-00000.parquet")
-    (tmp_path / "base/rare.parquet").touch()
     pq.write_table(part.drop(["positions"]), tmp_path / "base/sequences/part-00000.parquet")
     with pytest.raises(InputError, match=r"has no column 'positions' in '.*part-00000.parquet'"):
         run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)

@@ -13,7 +13,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from glintru_rec.data.cleaning import Cleaned
-from glintru_rec.data.dataset import RARE_FILE, SET_ASIDE_FILE, VOCABULARY_FILE, read_manifest, read_vocabulary
+from glintru_rec.data.dataset import (
+    RARE_FILE,
+    SET_ASIDE_FILE,
+    VOCABULARY_FILE,
+    read_manifest,
+    read_vocabulary,
+    reading_part,
+)
 from glintru_rec.data.engine import Engine, fetch_one
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
@@ -42,12 +49,14 @@ class Base:
             filters: the least number of events of a user and of an item; the base's own.
 
         Raises:
-            InputError: no dataset, an incomplete one, or one of other filters.
+            InputError: no dataset, an incomplete or damaged one, or one of other filters.
         """
         manifest = read_manifest(path)
         files = [path / part["file"] for part in manifest["parts"]]
-        missing = [file for file in (*files, path / RARE_FILE, path / SET_ASIDE_FILE) if not file.is_file()]
-        if missing or "positions" not in pq.read_schema(files[0]).names:
+        files += [path / RARE_FILE, path / SET_ASIDE_FILE]
+        missing = [file for file in files if not file.is_file()]
+        columns = [] if missing else [_columns(file) for file in files]
+        if missing or "positions" not in columns[0]:
             lacks = f"has no {str(missing[0])!r}" if missing else f"has no column 'positions' in {str(files[0])!r}"
             raise InputError(f"base {str(path)!r} {lacks}, so nothing can be appended to it; prepare it again from its logs")
         if "side_features" in manifest:
@@ -116,3 +125,9 @@ class Base:
             "new_users": num_users - self.manifest["num_users"],
             "new_items": vocabulary.num_items - num_known,
         }
+
+
+def _columns(file: Path) -> list[str]:
+    """Name the columns of a file of a dataset; its footer must be whole."""
+    with reading_part(file):
+        return pq.read_schema(file).names
