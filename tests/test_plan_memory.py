@@ -64,6 +64,8 @@ def test_bad_input_is_named(arguments, message):
         plan(arguments)
     with pytest.raises(InputError, match="name the one that you expect"):
         held("num_items=10", "sharding=auto")
+    with pytest.raises(InputError, match="num_items is 10; with a dynamic vocabulary, give the rows of the table"):
+        held("num_items=10", "data.vocabulary=dynamic", "vocabulary.capacity=8")
 
 
 # The program, which at its end says the most memory that it has held.

@@ -113,6 +113,9 @@ def held_by_table(config: TrainConfig, num_items: int, ranks: int) -> Held:
     share = -(-num_items // ranks)
     if table.sharding == "auto":
         raise InputError("sharding=auto is chosen by TorchRec's planner when a run starts: name the one that you expect")
+    capacity = config.num_rows(num_items)
+    if num_items != capacity:
+        raise InputError(f"num_items is {num_items}; with a dynamic vocabulary, give the rows of the table: {capacity}")
     rows = share if table.sharding == "row_wise" else num_items
     columns = -(-width // ranks) if table.sharding == "column_wise" else width
     weights = rows * columns * BYTES_PER_VALUE[table.dtype]
