@@ -107,12 +107,10 @@ class StopSignals:
 
 def join_ids(ids: torch.Tensor) -> torch.Tensor:
     """Join the ranks' ids, int64 ``[N]`` on the CPU, in the order of ranks; N may differ from rank to rank."""
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([ids.numel()]))
-    largest = max(int(size) for size in sizes)
-    padded = [ids.new_empty(largest) for _ in sizes]
-    dist.all_gather(padded, torch.nn.functional.pad(ids, (0, largest - ids.numel())))
-    return torch.cat([each[: int(size)] for each, size in zip(padded, sizes)])
+    sizes = gather_numbers(ids.numel())
+    padded = [ids.new_empty(max(sizes)) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(ids, (0, max(sizes) - ids.numel())))
+    return torch.cat([each[:size] for each, size in zip(padded, sizes)])
 
 
 def gather_numbers(number: int) -> list[int]:
