@@ -14,6 +14,7 @@ DOCS = REPOSITORY / "docs"
 PAGES = (
     "quickstart",
     "data",
+    "side_features",
     "losses",
     "catalogs",
     "checkpoints",
@@ -101,6 +102,7 @@ def test_every_page_has_its_place_and_links_lead_somewhere():
         line for block in re.findall(r"```{toctree}(.*?)```", index, re.DOTALL) for line in block.split() if line in pages
     }
     assert listed == pages - {"index"}
+    assert {page for page in pages - {"config"} if blocks_of(page)} == set(PAGES)
     for path in [REPOSITORY / "README.md", *DOCS.glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             generated = path.parent == DOCS and target == "config.md"
