@@ -120,9 +120,10 @@ def test_spark_reads_text_and_times_alike(tmp_path, spark_session, form):
             "{:%Y-%m-%d %H:%M:%S+01:30}",
             "{:%Y-%m-%d}",
             "{:%d.%m.%Y}",
+            "{:%Y-%m-%d %H:%M:%SUTC}",  # Spark alone could read it
             "",
         ]
-        times = [written[n].format(moment) for n, moment in zip(rng.integers(0, 6, 800), moments)]
+        times = [written[n].format(moment) for n, moment in zip(rng.integers(0, len(written), 800), moments)]
         quoted = [item.replace('"', '""') for item in items]
         actions = rng.choice(["view", "buy", ""], 800)
         lines = [f'{user},"{item}",{time},{action}\r\n' for user, item, time, action in zip(users, quoted, times, actions)]

@@ -26,7 +26,7 @@ _NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?"
 # What all engines read alike.
 _DATE = "[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}"
 _CLOCK = "([01]?[0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{1,9})?)?"
-_ZONE = "(Z| ?UTC|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?"
+_ZONE = "(Z| UTC|[+-](0[0-9]|1[0-4])(:?[0-5][0-9])?)?"
 _TIME = f"{_DATE}([ T]{_CLOCK}{_ZONE})?"
 _NARROW_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 # Largest number of seconds whose microseconds fit in int64.
