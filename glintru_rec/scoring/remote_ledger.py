@@ -32,9 +32,9 @@ class RemoteLedger(Ledger):
         self._remote = remote
         self._place = str(remote)
         self._sizes = remote.sizes()
+        self._folder.mkdir()  # every rank has a folder of its own, and writes its records there first
         for name in self._sizes:
             if name == SUCCESS_FILE or (name.startswith(f"{JOB_FOLDER}/") and name.endswith(".json")):
-                (output / name).parent.mkdir(exist_ok=True)
                 remote.get(name, output / name)
 
     @contextmanager
