@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import http.server
+import shutil
 import threading
 from pathlib import Path
 
@@ -58,11 +59,17 @@ def memory():
 
 @pytest.fixture
 def server(tmp_path):
-    """The test's folder at an http address."""
+    """The test's folder at an http address; parts of a file called busy are refused."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
+
+        def do_GET(self):
+            if "busy" in self.path and "Range" in self.headers:
+                self.send_error(503)
+            else:
+                super().do_GET()
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
@@ -158,6 +165,11 @@ def test_files_of_a_web_server(config, tmp_path, server):
     refused = dataclasses.replace(config, input=f"{server}/in/none.parquet", output=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"input 'http://.*none.parquet' matches no file"):
         score(refused)
+    shutil.copy(path, tmp_path / "busy.parquet")
+    with pytest.raises(InputError, match=r"'http://.*busy.parquet' is not readable parquet: 503"):
+        score(dataclasses.replace(refused, input=f"{server}/busy.parquet"))
+    with pytest.raises(InputError, match=r"'.job/begun.json' cannot be written to 'http://.*other': 501"):
+        score(dataclasses.replace(config, output=f"{server}/other"))
 
 
 def test_columns_to_keep_and_folders(config, tmp_path):
