@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import http.server
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -20,7 +21,10 @@ from glintru_rec.errors import InputError
 from glintru_rec.export import export_artifact
 from glintru_rec.scoring import ScoreConfig, score
 from glintru_rec.scoring.addresses import RemoteFolder
+from glintru_rec.scoring.fragments import Stamp
 from glintru_rec.scoring.index import IndexConfig
+from glintru_rec.scoring.ledger import Record
+from glintru_rec.scoring.remote_ledger import RemoteLedger
 
 NUM_ITEMS, WIDTH, NUM_ROWS = 60, 16, 20
 
@@ -130,6 +134,16 @@ def test_an_output_elsewhere_is_that_of_this_machine(config, tmp_path, memory, m
         score(dataclasses.replace(elsewhere, top_k=6))
     with pytest.raises(InputError, match="output 'memory://results' is not empty"):
         score(dataclasses.replace(elsewhere, output="memory://results"))
+
+
+def test_a_rank_that_is_not_the_first_reads_nothing_of_an_output(config, tmp_path, memory, monkeypatch):
+    """The first one may be changing it by then."""
+    score(dataclasses.replace(config, output="memory://results"))
+    monkeypatch.delattr(RemoteFolder, "get")
+    (tmp_path / "rank-1").mkdir()
+    ledger = RemoteLedger(RemoteFolder("memory://results"), tmp_path / "rank-1", {}, [])
+    ledger.write("a.parquet", Record(Stamp(1, 2), error="damaged"))
+    assert json.loads(memory.cat("/results/.job/a.parquet.json"))["error"] == "damaged"
 
 
 def dies_at(nth):
