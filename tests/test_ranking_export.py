@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from glintru_rec.config import compose
+from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact
+from glintru_rec.export import Artifact, replace_items
 from glintru_rec.export.ranking_artifact import RankingArtifact
 from glintru_rec.programs.export import ExportConfig, export_run
 from glintru_rec.programs.train_ranking import train_ranking
@@ -188,6 +189,11 @@ def test_unknown_values_and_bad_rows(folder, tmp_path):
         assert np.allclose([scores[task][row].as_py() for task in TASKS], said[0], atol=1e-6)
 
 
+def test_a_whole_number_that_a_float_rounds(folder, tmp_path):
+    report, _ = score_rows(folder, "no tower", [{**raw_rows(folder)[30], "dense.before": 2**53 + 1}], tmp_path)
+    assert report.rows_scored == 1
+
+
 def test_a_column_that_is_missing_or_of_another_type(folder, tmp_path):
     rows = raw_rows(folder)[30:32]
     cases = (
@@ -209,6 +215,9 @@ def test_a_column_that_is_missing_or_of_another_type(folder, tmp_path):
 def test_each_artifact_has_its_modes(folder, run_dir, tmp_path):
     with pytest.raises(InputError, match="is of a ranking model; score with it in mode=rank"):
         Artifact.load(folder / "glint_ru artifact")
+    one = Vocabulary(pa.array([1]), np.ones(1))
+    with pytest.raises(InputError, match="is of a ranking model, whose items are inside"):
+        replace_items(folder / "glint_ru artifact", torch.zeros(1, 8), one, tmp_path / "no", {})
     export_run(ExportConfig(checkpoint=str(run_dir), output=str(tmp_path / "retrieval")))
     with pytest.raises(InputError, match="is of a retrieval model; mode=rank needs one of a ranking model"):
         RankingArtifact.load(tmp_path / "retrieval")

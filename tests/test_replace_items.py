@@ -55,6 +55,7 @@ def test_new_items_of_the_same_encoder(artifact, tmp_path, kind):
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
+        (pa.array([1.0, 2.0]), [[0.0] * WIDTH] * 2, "'item_id' .* has type double; it must hold integers or strings"),
         ([1, 1], [[0.0] * WIDTH] * 2, "holds an item_id more than once"),
         ([1, None], [[0.0] * WIDTH] * 2, "'item_id' .* has 1 null"),
         ([1, 2], [[0.0] * WIDTH, None], "'embedding' .* has 1 null"),
@@ -65,7 +66,7 @@ def test_new_items_of_the_same_encoder(artifact, tmp_path, kind):
     ],
 )
 def test_what_is_no_catalog_is_refused(artifact, tmp_path, capsys, ids, vectors, message):
-    columns = pa.array(ids, pa.int64()), pa.array(vectors, pa.list_(pa.float32()))
+    columns = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.int64()), pa.array(vectors, pa.list_(pa.float32()))
     path = write_catalog(tmp_path / "items.parquet", *columns)
     assert main([f"artifact={artifact}", f"items={path}", f"output={tmp_path / 'new'}"]) == 2
     said = capsys.readouterr().err

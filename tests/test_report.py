@@ -109,5 +109,7 @@ def test_a_run_that_goes_on_has_a_page_and_bad_input_a_message(report, run_dir, 
     assert "metrics.jsonl' cannot be read" in report(tmp_path, f"output={tmp_path / 'none.html'}", status=2)
     other = report(going, f"evaluation={run_dir / 'finished.json'}", f"output={tmp_path / 'none.html'}", status=2)
     assert "is not what evaluation should be" in other
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    assert "is not what the log of a run should be: KeyError('kind')" in report(tmp_path, "output=x", status=2)
     assert "python tools/report.py RUN_DIR" in report(going, "colour=red", "output=x", status=2)
     assert not (tmp_path / "none.html").exists()

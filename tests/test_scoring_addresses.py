@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import http.server
+import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from glintru_rec.errors import InputError
 from glintru_rec.export import export_artifact
 from glintru_rec.scoring import ScoreConfig, score
 from glintru_rec.scoring.addresses import RemoteFolder
+from glintru_rec.scoring.fragments import Stamp
 from glintru_rec.scoring.index import IndexConfig
+from glintru_rec.scoring.ledger import Record
+from glintru_rec.scoring.remote_ledger import RemoteLedger
 
 NUM_ITEMS, WIDTH, NUM_ROWS = 60, 16, 20
 
@@ -58,11 +63,17 @@ def memory():
 
 @pytest.fixture
 def server(tmp_path):
-    """The test's folder at an http address."""
+    """The test's folder at an http address; parts of a file called busy are refused."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
+
+        def do_GET(self):
+            if "busy" in self.path and "Range" in self.headers:
+                self.send_error(503)
+            else:
+                super().do_GET()
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
     thread = threading.Thread(target=server.serve_forever)
@@ -125,6 +136,16 @@ def test_an_output_elsewhere_is_that_of_this_machine(config, tmp_path, memory, m
         score(dataclasses.replace(elsewhere, output="memory://results"))
 
 
+def test_a_rank_that_is_not_the_first_reads_nothing_of_an_output(config, tmp_path, memory, monkeypatch):
+    """The first one may be changing it by then."""
+    score(dataclasses.replace(config, output="memory://results"))
+    monkeypatch.delattr(RemoteFolder, "get")
+    (tmp_path / "rank-1").mkdir()
+    ledger = RemoteLedger(RemoteFolder("memory://results"), tmp_path / "rank-1", {}, [])
+    ledger.write("a.parquet", Record(Stamp(1, 2), error="damaged"))
+    assert json.loads(memory.cat("/results/.job/a.parquet.json"))["error"] == "damaged"
+
+
 def dies_at(nth):
     """Give a `RemoteFolder.put` that is interrupted instead of its n-th call."""
     real, calls = RemoteFolder.put, []
@@ -158,6 +179,11 @@ def test_files_of_a_web_server(config, tmp_path, server):
     refused = dataclasses.replace(config, input=f"{server}/in/none.parquet", output=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"input 'http://.*none.parquet' matches no file"):
         score(refused)
+    shutil.copy(path, tmp_path / "busy.parquet")
+    with pytest.raises(InputError, match=r"'http://.*busy.parquet' is not readable parquet: 503"):
+        score(dataclasses.replace(refused, input=f"{server}/busy.parquet"))
+    with pytest.raises(InputError, match=r"'.job/begun.json' cannot be written to 'http://.*other': 501"):
+        score(dataclasses.replace(config, output=f"{server}/other"))
 
 
 def test_columns_to_keep_and_folders(config, tmp_path):

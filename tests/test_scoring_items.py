@@ -12,8 +12,10 @@ import torch
 from glintru_rec import GlintRU
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.export import export_artifact
+from glintru_rec.export import Artifact, export_artifact
 from glintru_rec.scoring import ScoreConfig, score
+from glintru_rec.scoring.scorer import Scorer
+from tests.test_scoring_split import Largest
 
 NUM_ITEMS, WIDTH, NUM_ROWS = 250, 16, 30
 
@@ -80,6 +82,15 @@ def test_a_part_that_is_missing_is_written_again(artifact, tmp_path, monkeypatch
     report = score(config)
     assert (report.timing.fragments_before, report.timing.fragments_now, report.rows_in) == (2, 1, NUM_ITEMS)
     assert part.read_bytes() == before
+
+
+@pytest.mark.parametrize("artifact", ["dot"], indirect=True)
+def test_items_are_written_without_a_copy_of_them(artifact, tmp_path):
+    pq.write_table(pa.table({"item_id": ["item 3"]}), tmp_path / "allow.parquet")
+    opened = Artifact.load(artifact)
+    with Largest() as largest:
+        Scorer(ScoreConfig(artifact, "", "o", "items", allow=str(tmp_path / "allow.parquet")), opened)
+    assert largest.num_bytes == 0
 
 
 def test_items_have_no_input():

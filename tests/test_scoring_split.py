@@ -79,9 +79,9 @@ def test_threads_that_share_the_catalog_find_what_one_search_finds(config, tmp_p
 @pytest.mark.programs
 @pytest.mark.parametrize("artifact", ["bias"], indirect=True)
 def test_ranks_that_share_the_catalog_write_what_one_process_writes(config, tmp_path):
-    """Two ranks; one process goes on where they were, and finds nothing to do."""
+    """Two ranks, to an address; one process goes on where they were, and finds nothing to do."""
     score(config)
-    split = dataclasses.replace(config, output=str(tmp_path / "split"), catalog="split")
+    split = dataclasses.replace(config, output=f"local://{tmp_path / 'split'}", catalog="split")
     keys = ("artifact", "input", "output", "mode", "top_k", "batch_size", "catalog")
     run_program("score", *(f"{key}={getattr(split, key)}" for key in keys), nproc=2)
     assert outputs(tmp_path / "split") == outputs(tmp_path / "whole")
@@ -92,6 +92,8 @@ def test_ranks_that_share_the_catalog_write_what_one_process_writes(config, tmp_
 def test_only_top_k_shares_its_catalog():
     with pytest.raises(InputError, match="catalog is 'split'; it must be whole, as mode is 'encode'"):
         ScoreConfig("a", "i", "o", "encode", catalog="split")
+    with pytest.raises(InputError, match="catalog is 'split'; it must be whole, as device is 'cuda'"):
+        ScoreConfig("a", "i", "o", "top_k", catalog="split", device="cuda")
 
 
 def test_blocks_of_any_batch_begin_where_those_of_a_larger_one_do():

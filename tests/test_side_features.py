@@ -19,7 +19,7 @@ from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.encoders import ENCODERS
 from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact
+from glintru_rec.export import Artifact, RecurrentScoringModule
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.model import SequenceModel
 from glintru_rec.programs.evaluate import EvaluateConfig, EvaluateDataConfig, evaluate_run
@@ -180,6 +180,15 @@ def test_an_unknown_value_adds_nothing_until_it_is_trained():
         side(x, None)
     with pytest.raises(ValueError, match=r"side_ids are \[5, 1\]; they must be \[5, 2\]"):
         side(x, torch.zeros(5, 1, dtype=torch.int64))
+
+
+def test_events_that_are_carried_on_have_side_features_of_their_own():
+    side = SideEmbeddings([3], WIDTH)
+    module = RecurrentScoringModule(ENCODERS["glint_ru"](WIDTH), torch.randn(NUM_ITEMS, WIDTH), "dot", MAX_SEQ_LEN, side=side)
+    events, lengths = torch.arange(5), torch.tensor([2, 3])
+    for given in (4, 6):
+        with pytest.raises(ValueError, match=f"{given} rows of side_ids were given for 5 items"):
+            module.advance(events, lengths, module.init_state(2), torch.zeros(given, 1, dtype=torch.int64))
 
 
 def histories(folder, num_users: int = 30):

@@ -80,6 +80,19 @@ def test_figure_by_name(tool):
         tool.figure_of(ranking, "valid.auc")
 
 
+def test_figures_of_another_metric_are_not_taken_for_this_one(tool, tmp_path, monkeypatch, capsys):
+    arguments = ["data.path=d", f"output={tmp_path}", "trainer.seed=1,2"]
+    for trial in tool.grid(tool.read_command_line(arguments)):
+        trial.folder.mkdir(parents=True)
+        result = {"values": trial.values, "status": "done", "metric": "valid_hr@10", "value": 0.5, "curve": {}, "finished": {}}
+        (trial.folder / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, "metric=valid_hr@10"])
+    assert tool.main() == 0
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
+    assert tool.main() == 2
+    assert "metric is 'valid_ndcg@10'; it must be 'valid_hr@10', which " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

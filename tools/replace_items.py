@@ -4,7 +4,8 @@ python tools/replace_items.py artifact=DIR items=PARQUET output=DIR
 
 PARQUET has a row for each item, in any order: item_id (whole numbers or strings, each once), embedding (a list of as many
 numbers as the artifact's embedding_dim; with item_bias the bias last), and perhaps count (events of the item, by which
-empty_history=popular ranks where there are no biases; 0 where the column is left out).
+empty_history=popular ranks where there are no biases; 0 where the column is left out). With similarity cosine, vectors are to
+have the lengths that they were trained with, which the encoder reads: not the length 1 that mode=items gives them.
 """
 
 import sys
@@ -48,6 +49,9 @@ def read_catalog(path: Path) -> tuple[Tensor, Vocabulary]:
         if column.null_count or not len(column):
             raise InputError(f"column {name!r} of items {str(path)!r} has {column.null_count} null(s) in {len(column)} rows")
     ids = items["item_id"].combine_chunks()
+    ids = ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
+    if not (pa.types.is_integer(ids.type) or str(ids.type) in ("string", "large_string", "string_view")):
+        raise InputError(f"column 'item_id' of items {str(path)!r} has type {ids.type}; it must hold integers or strings")
     try:
         ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())
         counts = counts.combine_chunks().cast(pa.int64())

@@ -3,11 +3,13 @@
 python tools/report.py RUN_DIR [evaluation=FILE] [scores=DIR] [leaderboard=DIR] output=PAGE.html
 
 RUN_DIR is a run of launch/train.py, finished or not; evaluation the file that launch/evaluate.py wrote; scores a folder of
-launch/score.py; leaderboard one of tools/leaderboard.py. What a run does not have is left out of its page.
+launch/score.py, of any mode but update; leaderboard one of tools/leaderboard.py. What a run does not have is left out of its
+page.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,13 @@ def scoring_section(report: dict[str, Any]) -> str:
     return section("Scoring", *parts)
 
 
+def _written(write: Callable[[Any], str], content: Any, what: str, path: Path) -> str:
+    try:
+        return write(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is not what {what} should be: {error!r}") from error
+
+
 def page(run_dir: Path, given: dict[str, str]) -> str:
     """Make the page.
 
@@ -172,7 +181,8 @@ def page(run_dir: Path, given: dict[str, str]) -> str:
     records = read_lines(run_dir / "metrics.jsonl")
     finished = read(run_dir / "finished.json") if (run_dir / "finished.json").exists() else {}
     said = ", ".join(f"{name} {number(value)}" for name, value in finished.items() if isinstance(value, int | float))
-    parts = [f"<h1>{escape(run_dir.resolve().name)}</h1><p>{escape(said or 'not finished')}</p>\n", curves(records)]
+    parts = [f"<h1>{escape(run_dir.resolve().name)}</h1><p>{escape(said or 'not finished')}</p>\n"]
+    parts.append(_written(curves, records, "the log of a run", run_dir / "metrics.jsonl"))
     wanted = {
         "evaluation": (evaluation_section, Path(given.get("evaluation", ""))),
         "leaderboard": (leaderboard_section, Path(given.get("leaderboard", "")) / "leaderboard.json"),
@@ -181,11 +191,7 @@ def page(run_dir: Path, given: dict[str, str]) -> str:
     }
     for key, (write, path) in wanted.items():
         if key in given or (key == "plan" and path.exists()):
-            content = read(path)
-            try:
-                parts.append(write(content))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{str(path)!r} is not what {key} should be: {error!r}") from error
+            parts.append(_written(write, read(path), key, path))
     if (run_dir / "versions.json").exists():
         versions = [[name, value] for name, value in read(run_dir / "versions.json").items() if value]
         parts.append(section("Versions", table(["", ""], versions)))

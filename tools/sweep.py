@@ -223,7 +223,8 @@ class Runner:
         else:
             finished = json.loads((run_dir / "finished.json").read_text())
             status, value = "done", figure_of(finished, sweep.metric)
-        result = {"values": trial.values, "status": status, "value": value, "arguments": arguments, "curve": curve}
+        result = {"values": trial.values, "status": status, "metric": sweep.metric, "value": value}
+        result |= {"arguments": arguments, "curve": curve}
         write_json(trial.folder / "result.json", {**result, "finished": finished, "seconds": time.monotonic() - start})
 
     def _curve(self, trial: Trial) -> dict[int, float]:
@@ -260,6 +261,13 @@ def check_arguments(arguments: list[str]) -> None:
         from glintru_rec.training.config import TrainConfig
 
         compose("train", TrainConfig, arguments)
+
+
+def check_metric(sweep: Sweep) -> None:
+    """Raise an `InputError` where the results of earlier calls are figures of another metric."""
+    for path in sorted((sweep.output / "trials").glob("*/result.json")):
+        other = json.loads(path.read_text()).get("metric", sweep.metric)
+        check("metric", sweep.metric, other == sweep.metric, f"{other!r}, which {path} has, or in another output")
 
 
 def figure_of(finished: dict[str, Any], metric: str) -> float:
@@ -404,6 +412,7 @@ def main() -> int:
         # Before anything starts: a key that no training knows.
         check_arguments([*sweep.fixed, *(f"{key}={value}" for key, value in first.items()), f"output={sweep.output}"])
         with locked(sweep.output, "sweep") as lock:
+            check_metric(sweep)
             runner = Runner(sweep, lock)
             trials = (run_grid if sweep.sampler == "grid" else run_optuna)(sweep, runner)
         text = write_tables(sweep, trials, runner.failures)

@@ -80,10 +80,12 @@ class RecurrentScoringModule(ScoringModule):
             events keeps the state and has the query of an empty history.
 
         Raises:
-            ValueError: ``lengths`` do not add up to T, or there are not B of them.
+            ValueError: ``lengths`` do not add up to T, there are not B of them, or ``side_ids`` have not T rows.
         """
         if lengths.numel() != state.size(0):
             raise ValueError(f"{lengths.numel()} lengths were given for {state.size(0)} states")
+        if side_ids is not None and side_ids.size(0) != item_ids.size(0):
+            raise ValueError(f"{side_ids.size(0)} rows of side_ids were given for {item_ids.size(0)} items")
         # Users with the most events first: those who have a t-th event are the first alive[t] of them.
         order = time_major(checked_offsets(lengths, item_ids), item_ids.size(0))
         events = item_ids.index_select(0, order.rows)

@@ -24,7 +24,8 @@ def replace_items(
 
     Args:
         artifact: folder of an artifact; left as it is.
-        item_vectors: ``[V, Q]``, Q being the artifact's ``embedding_dim``; with a bias, that last.
+        item_vectors: ``[V, Q]``, Q being the artifact's ``embedding_dim``; with a bias, that last. With ``cosine`` too, of the
+            lengths that they were trained with: the encoder reads them.
         vocabulary: of the V items.
         output: folder to make; it must not exist, or be empty.
         source: where the vectors come from, for the manifest's ``provenance["items"]``.
@@ -33,11 +34,14 @@ def replace_items(
         The new manifest.
 
     Raises:
-        InputError: the artifact is damaged, the vectors are not of its width or number, or the output is taken.
+        InputError: the artifact is damaged or of a ranking model, the vectors are not of its width or number, or the output is
+            taken.
     """
     artifact, output = Path(artifact), Path(output)
     check_free("output", output)
     manifest = read_manifest(artifact)
+    if manifest.get("task", "retrieval") != "retrieval":
+        raise InputError(f"artifact {str(artifact)!r} is of a {manifest['task']} model, whose items are inside; train it again")
     verify_files(artifact, manifest, items_too=False)
     num_items, vector_dim = item_vectors.shape
     if vector_dim != manifest["embedding_dim"] or num_items != vocabulary.num_items:

@@ -16,6 +16,17 @@ from glintru_rec.errors import InputError
 _LOCAL = "file://"
 
 
+@contextmanager
+def errors_of_systems() -> Iterator[None]:
+    """Let whatever a file system raises be an `OSError`: many have errors of kinds of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error) or repr(error)) from error
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file of an fsspec file system.
@@ -36,10 +47,15 @@ class RemoteFile:
         return self.system.open(self.key, "rb")
 
     def look(self) -> tuple[int, int]:
-        """Give the number of bytes, and a number that changes with the file as far as its file system can tell."""
-        self.system.invalidate_cache()
-        num_bytes = self.system.info(self.key)["size"]
-        digest = hashlib.sha256(str(self.system.ukey(self.key)).encode()).digest()
+        """Give the number of bytes, and a number that changes with the file as far as its file system can tell.
+
+        Raises:
+            OSError: the file is gone, or cannot be reached.
+        """
+        with errors_of_systems():
+            self.system.invalidate_cache()
+            num_bytes = self.system.info(self.key)["size"]
+            digest = hashlib.sha256(str(self.system.ukey(self.key)).encode()).digest()
         return num_bytes, int.from_bytes(digest[:7])
 
 
@@ -55,8 +71,9 @@ class RemoteFolder:
 
     def __init__(self, location: str):
         try:
-            self._system, self._root = fsspec.core.url_to_fs(location.rstrip("/"))
-        except (OSError, ValueError, ImportError) as error:
+            with errors_of_systems():
+                self._system, self._root = fsspec.core.url_to_fs(location.rstrip("/"))
+        except OSError as error:
             raise InputError(f"{location!r} is no address that fsspec knows: {error}") from error
         self._location = location
 
@@ -64,14 +81,30 @@ class RemoteFolder:
         return self._location
 
     def sizes(self) -> dict[str, int]:
-        """Give the bytes of all files, to the bottom, by their names in the folder; none where there is no folder."""
-        self._system.invalidate_cache()
-        found = self._system.find(self._root, detail=True)
+        """Give the bytes of all files, to the bottom, by their names in the folder; none where there is no folder.
+
+        Raises:
+            InputError: the folder cannot be listed.
+        """
+        try:
+            with errors_of_systems():
+                self._system.invalidate_cache()
+                found = self._system.find(self._root, detail=True)
+        except OSError as error:
+            raise InputError(f"{self._location!r} cannot be listed: {error}") from error
         return {str(PurePosixPath(key).relative_to(PurePosixPath(self._root))): info["size"] for key, info in found.items()}
 
     def get(self, name: str, path: Path) -> None:
-        """Fetch a file."""
-        self._system.get_file(f"{self._root}/{name}", str(path))
+        """Fetch a file.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            with errors_of_systems():
+                self._system.get_file(f"{self._root}/{name}", str(path))
+        except OSError as error:
+            raise InputError(f"{name!r} cannot be read from {self._location!r}: {error}") from error
 
     def put(self, path: Path, name: str) -> None:
         """Write a file, or write it anew; it appears whole where the file system has whole files, as object stores do.
@@ -80,14 +113,23 @@ class RemoteFolder:
             InputError: it cannot be written.
         """
         try:
-            self._system.makedirs(str(PurePosixPath(f"{self._root}/{name}").parent), exist_ok=True)
-            self._system.put_file(str(path), f"{self._root}/{name}")
+            with errors_of_systems():
+                self._system.makedirs(str(PurePosixPath(f"{self._root}/{name}").parent), exist_ok=True)
+                self._system.put_file(str(path), f"{self._root}/{name}")
         except OSError as error:
             raise InputError(f"{name!r} cannot be written to {self._location!r}: {error}") from error
 
     def remove(self, name: str) -> None:
-        """Remove a file that is there."""
-        self._system.rm_file(f"{self._root}/{name}")
+        """Remove a file that is there.
+
+        Raises:
+            InputError: it cannot be removed.
+        """
+        try:
+            with errors_of_systems():
+                self._system.rm_file(f"{self._root}/{name}")
+        except OSError as error:
+            raise InputError(f"{name!r} cannot be removed from {self._location!r}: {error}") from error
 
 
 def is_remote(location: str) -> bool:
@@ -107,15 +149,16 @@ def find_remote(location: str) -> list[RemoteFile]:
         InputError: there is none, or no such file system.
     """
     try:
-        system, key = fsspec.core.url_to_fs(location)
-        if any(sign in key for sign in "*?["):
-            keys = [match for match in system.glob(key) if system.isfile(match)]
-        elif system.isdir(key):
-            inside = {each: PurePosixPath(each).relative_to(PurePosixPath(key)).parts for each in system.find(key)}
-            keys = [each for each, parts in inside.items() if parts and not any(part[0] in "._" for part in parts)]
-        else:
-            keys = [key] if system.isfile(key) else []
-    except (OSError, ValueError, ImportError) as error:
+        with errors_of_systems():
+            system, key = fsspec.core.url_to_fs(location)
+            if any(sign in key for sign in "*?["):
+                keys = [match for match in system.glob(key) if system.isfile(match)]
+            elif system.isdir(key):
+                inside = {each: PurePosixPath(each).relative_to(PurePosixPath(key)).parts for each in system.find(key)}
+                keys = [each for each, parts in inside.items() if parts and not any(part[0] in "._" for part in parts)]
+            else:
+                keys = [key] if system.isfile(key) else []
+    except OSError as error:
         raise InputError(f"input {location!r} cannot be listed: {error}") from error
     if not keys:
         raise InputError(f"input {location!r} matches no file; give a file, a folder that holds files, or a glob pattern")
@@ -139,10 +182,11 @@ def fetched(key: str, location: str) -> Iterator[str]:
     folder = Path(mkdtemp(prefix="glintru_rec-"))
     try:
         try:
-            system, path = fsspec.core.url_to_fs(location)
-            copy = folder / PurePosixPath(path).name
-            system.get(path.rstrip("/"), str(copy), recursive=system.isdir(path))
-        except (OSError, ValueError, ImportError) as error:
+            with errors_of_systems():
+                system, path = fsspec.core.url_to_fs(location)
+                copy = folder / PurePosixPath(path).name
+                system.get(path.rstrip("/"), str(copy), recursive=system.isdir(path))
+        except OSError as error:
             raise InputError(f"{key} {location!r} cannot be fetched: {error}") from error
         yield str(copy)
     finally:

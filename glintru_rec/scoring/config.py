@@ -46,7 +46,7 @@ class ScoreConfig:
         exclude_seen: top_k and update leave out the items of the history.
         catalog: ``whole``: every rank searches all items for its own users; ``split``, for catalogs larger than a machine's
             memory: every rank (``--nproc``) searches an even part for the users of all, and the output is the same. mode top_k
-            only.
+            on the cpu only.
         index: an approximate search instead of the exact one, see `IndexConfig`; mode top_k only.
         allow: parquet file of the only items that top_k may find, or items write, in the column ``item_column``; all when left
             out.
@@ -106,6 +106,7 @@ class ScoreConfig:
         one_of("empty_history", self.empty_history, EMPTY_HISTORY)
         one_of("catalog", self.catalog, CATALOGS)
         check("catalog", self.catalog, self.catalog == "whole" or self.mode == "top_k", f"whole, as mode is {self.mode!r}")
+        check("catalog", self.catalog, self.catalog == "whole" or self.device == "cpu", f"whole, as device is {self.device!r}")
         if self.mode not in ("candidates", "top_k"):
             check("empty_history", self.empty_history, self.empty_history == "reject", f"reject, as mode is {self.mode!r}")
         plain = self.mode == "top_k" and self.catalog == "whole" and self.device == "cpu"

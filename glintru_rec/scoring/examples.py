@@ -152,7 +152,8 @@ class ExampleScorer:
 
     def _numbers(self, kept: pa.RecordBatch) -> np.ndarray:
         """Give the dense features, NaN for null: float64 ``[B, F]``."""
-        columns = [kept.column(column).cast(pa.float64()).fill_null(np.nan).to_numpy() for column in self._dense]
+        # Unsafe, as preparing does it: whole numbers above 2^53 are rounded.
+        columns = [kept.column(column).cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy() for column in self._dense]
         return np.stack(columns, axis=1) if columns else np.zeros((len(kept), 0))
 
     def _pooled(self, kept: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from glintru_rec.data.formats import find_files
 from glintru_rec.data.side_features import CATEGORICAL, NO_SIDE, SideVocabulary, is_categorical
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.scoring.addresses import RemoteFile, find_remote, is_remote
+from glintru_rec.scoring.addresses import RemoteFile, errors_of_systems, find_remote, is_remote
 from glintru_rec.scoring.rows import Columns, Limits, Rows, decode
 
 _STRINGS = ("string", "large_string", "string_view")
@@ -146,7 +146,7 @@ def _parquet(path: Path | RemoteFile, **options: Any) -> Iterator[pq.ParquetFile
         with pq.ParquetFile(path, **options) as file:
             yield file
         return
-    with path.open() as source, pq.ParquetFile(source, **options) as file:
+    with errors_of_systems(), path.open() as source, pq.ParquetFile(source, **options) as file:
         yield file
 
 
@@ -158,7 +158,7 @@ def find_inputs(location: str) -> list[InputFile]:
             skipped) or a glob pattern; local, or at any address of fsspec.
 
     Raises:
-        InputError: no file, or two that would be written under one name.
+        InputError: no file, one that is gone again, or two that would be written under one name.
     """
     paths: Sequence[Path | RemoteFile] = find_remote(location) if is_remote(location) else find_files(location)
     places = [PurePosixPath(path.key) if isinstance(path, RemoteFile) else path for path in paths]
@@ -169,7 +169,10 @@ def find_inputs(location: str) -> list[InputFile]:
         name = "__".join(place.relative_to(common).parts).removesuffix(".parquet") + ".parquet"
         if name in files:
             raise InputError(f"{str(files[name].path)!r} and {str(path)!r} would both be written as {name!r}; rename one")
-        files[name] = InputFile(path, name, Stamp.of(path), folders)
+        try:
+            files[name] = InputFile(path, name, Stamp.of(path), folders)
+        except OSError as error:
+            raise InputError(f"{str(path)!r} cannot be read: {error}; write or copy it again") from error
     return list(files.values())
 
 

@@ -41,7 +41,8 @@ class IndexConfig:
         kind: ``exact``; ``ivf``: inverted lists, clusters of items of which the nearest ``num_probes`` are searched; or
             ``hnsw``: a graph of near items, through which a search walks.
         folder: where indexes are kept; left out: the artifact's name with ``.index``, beside the artifact.
-        num_lists: ivf: number of clusters; 0: four times the square root of the number of items, 16384 at most.
+        num_lists: ivf: number of clusters, fewer where there would be less than 39 items for each; 0: four times the square
+            root of the number of items, 16384 at most.
         num_probes: ivf: clusters searched for each user. More: better recall, slower.
         num_neighbors: hnsw: neighbors of each item in the graph.
         ef_construction: hnsw: how many items are looked at to place one. More: better recall, slower to build.

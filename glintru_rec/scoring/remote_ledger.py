@@ -31,11 +31,17 @@ class RemoteLedger(Ledger):
         super().__init__(output, terms, files)
         self._remote = remote
         self._place = str(remote)
-        self._sizes = remote.sizes()
-        for name in self._sizes:
-            if name == SUCCESS_FILE or (name.startswith(f"{JOB_FOLDER}/") and name.endswith(".json")):
-                (output / name).parent.mkdir(exist_ok=True)
-                remote.get(name, output / name)
+        self._sizes: dict[str, int] = {}
+        self._folder.mkdir()  # every rank has a folder of its own, and writes its records there first
+
+    def check(self) -> None:
+        """Read what is there, which the first rank alone needs to know, and do what `Ledger.check` does."""
+        if not self._sizes:
+            self._sizes = self._remote.sizes()
+            for name in self._sizes:
+                if name == SUCCESS_FILE or (name.startswith(f"{JOB_FOLDER}/") and name.endswith(".json")):
+                    self._remote.get(name, self._output / name)
+        super().check()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -50,7 +50,8 @@ class Scorer:
             stretches = stretches_of(artifact, left, *rank_and_size(), num_threads)
             self._catalog: Any = SplitCatalog(stretches, num_threads)
         else:
-            self._catalog = catalog_of(artifact, left)
+            # Items that are written are read where they lie: nothing is to be searched, nor copied for that.
+            self._catalog = catalog_of(artifact, None if config.mode == "items" else left)
         self._left = left
 
     def item_fragments(self) -> dict[str, Fragment]:
