@@ -17,6 +17,7 @@ PAGES = (
     "side_features",
     "losses",
     "catalogs",
+    "changing_catalogs",
     "checkpoints",
     "search",
     "evaluation",
