@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from glintru_rec.errors import InputError
 from tests.conftest import REPOSITORY, environment
 
 pytestmark = pytest.mark.programs
@@ -71,10 +72,30 @@ def test_bench_softmax():
     assert re.search(r"ms in blocks, fp32, [\d,]+ ms on full logits: [\d.]+x$", text, flags=re.MULTILINE)
 
 
-def test_bench_catalog():
+def test_bench_catalog(tmp_path):
     few = ["--items", "1000", "3000", "--ranks", "1", "2", "--turns", "2", "--steps", "2", "model.options.num_heads=2"]
-    text = run("bench_catalog.py", *few)
+    text = run("bench_catalog.py", *few, "--figures", str(tmp_path / "benchmarks.csv"))
     assert re.findall(r"│ +([\d,]+) +│ +(\d) +│", text) == [("1,000", "1"), ("3,000", "1"), ("1,000", "2"), ("3,000", "2")]
+
+
+def test_the_picture_of_catalogs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    from bench_common import note
+    from draw_catalog import draw, read_figures
+
+    figures = tmp_path / "benchmarks.csv"
+    for ratio in (3.0, 1.5):  # of two runs, the last counts
+        rows = [{"items": 100, "ranks": ranks, "ratio": 1.0, "peak_gib": 0.5} for ranks in (1, 2)]
+        rows += [{"items": 1000, "ranks": 1, "ratio": ratio, "peak_gib": 2.0}]
+        note("bench_catalog", [{"name": f"{row['items']} items, {row['ranks']} ranks", **row} for row in rows], figures)
+    found = read_figures(figures)
+    assert [row["ratio"] for row in found[1]] == [1.0, 1.5]
+    assert list(found) == [1, 2]
+    draw(found, tmp_path / "catalog.svg")
+    assert "<svg" in (tmp_path / "catalog.svg").read_text()
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="no file of figures"):
+        read_figures(tmp_path / "other.csv")
 
 
 def test_bench_scoring():

@@ -1,6 +1,7 @@
 """What a catalog's size costs: step time, peak memory and start of training on 1M to 100M items.
 
-python tools/bench_catalog.py [--items 1e6 1e7 5e7 1e8] [--ranks 1 2] [--turns 8] [--memory-gib 20] [OVERRIDES]
+python tools/bench_catalog.py [--items 1e6 1e7 5e7 1e8] [--ranks 1 2] [--turns 8] [--memory-gib 20]
+                              [--figures benchmarks.csv] [OVERRIDES]
 
 A step is that of `Trainer.train_step` with the default config (sampled softmax over 1024 uniform negatives) but for fp16 rows;
 histories are uniform over the catalog, so that hardly a row is in a cache. Sizes that fit into memory together take turns of
@@ -14,8 +15,10 @@ import socket
 import statistics
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
+from bench_common import note, percentiles
 from rich.console import Console
 from rich.table import Table
 
@@ -163,9 +166,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10, help="of one turn")
     parser.add_argument("--memory-gib", type=float, default=20.0, help="that all sizes of a round may take together")
+    parser.add_argument("--figures", type=Path, help="csv file to add the figures to, for tools/draw_catalog.py")
     parser.add_argument("overrides", nargs="*", help="of the training config, such as model=lru_rec")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.items]
+    figures: list[dict[str, object]] = []
     table = Table("items", "ranks", "p20", "p50", "p80, ms", "ratio", "fewest MB a step", "start, s", "table GiB", "peak GiB")
     for num_ranks in arguments.ranks:
         for items in plan_rounds(sizes, num_ranks, arguments.memory_gib * GIB):
@@ -176,14 +181,19 @@ def main() -> None:
             base = statistics.median(groups[0].seconds)
             for group in groups:
                 group.end()
-                p20, p50, p80 = (1e3 * statistics.quantiles(group.seconds, n=10)[tenths - 1] for tenths in (2, 5, 8))
-                times = [f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", f"{p50 / 1e3 / base:.3f}"]
+                p20, p50, p80 = (1e3 * p for p in percentiles(group.seconds))
+                ratio = p50 / 1e3 / base
+                times = [f"{p20:.1f}", f"{p50:.1f}", f"{p80:.1f}", f"{ratio:.3f}"]
                 rest = [f"{group.fewest_bytes() / 1e6:.2f}", f"{group.start_seconds:.1f}"]
                 memory = [f"{group.table_bytes / GIB:.3f}", f"{group.peak_bytes / GIB:.2f}"]
                 table.add_row(f"{group.num_items:,}", str(num_ranks), *times, *rest, *memory)
+                said = {"items": group.num_items, "ranks": num_ranks, "p50_ms": p50, "ratio": ratio}
+                name = f"{group.num_items:,} items, {num_ranks} ranks"
+                figures.append({"name": name, **said, "start_s": group.start_seconds, "peak_gib": group.peak_bytes / GIB})
             table.add_section()
     print(f"D={WIDTH}, fp16 rows; {arguments.turns} turns of {arguments.steps} steps; start and memory of the fullest rank")
     Console(width=120).print(table)
+    note("bench_catalog", figures, arguments.figures)
 
 
 if __name__ == "__main__":

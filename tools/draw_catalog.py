@@ -1,0 +1,77 @@
+"""Draw what a catalog's size costs: step time and memory.
+
+python tools/draw_catalog.py FIGURES.csv output=FILE.svg
+
+FIGURES.csv is what ``tools/bench_catalog.py --figures FIGURES.csv`` has written; of several runs the last figures count.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+from glintru_rec.errors import InputError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+PANELS = {"ratio": "step, against the smallest catalog", "peak_gib": "peak memory of a rank, GiB"}
+
+
+def read_figures(path: Path) -> dict[int, list[dict[str, float]]]:
+    """Read the figures of each number of ranks, by the number of items.
+
+    Raises:
+        InputError: there are none.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    try:
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if line["benchmark"] == "bench_catalog":
+                    rows.setdefault(line["row"], {})[line["figure"]] = float(line["value"])
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is no file of figures: {error!r}") from error
+    if not rows:
+        raise InputError(f"{str(path)!r} has no figures of tools/bench_catalog.py")
+    by_ranks: dict[int, list[dict[str, float]]] = {}
+    for row in sorted(rows.values(), key=lambda row: row["items"]):
+        by_ranks.setdefault(int(row["ranks"]), []).append(row)
+    return by_ranks
+
+
+def draw(by_ranks: dict[int, list[dict[str, float]]], output: Path) -> None:
+    """Draw into a file; its ending decides the format."""
+    matplotlib.rcParams["svg.hashsalt"] = "catalog"  # the same figures give the same file
+    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(7.6, 3.2), layout="constrained")
+    for axes, (key, title) in zip(panels, PANELS.items()):
+        for ranks, rows in by_ranks.items():
+            name = f"{ranks} rank{'s' * (ranks > 1)}"
+            axes.plot(
+                [row["items"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, linewidth=1, label=name
+            )
+        axes.set(xscale="log", xlabel="items", ylabel=title)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Read the command line, draw; give the exit status."""
+    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    files = [name for name, value in given.items() if not value]
+    if len(files) != 1 or "output" not in given:
+        print(__doc__)
+        return 2
+    try:
+        draw(read_figures(Path(files[0])), Path(given["output"]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
