@@ -117,3 +117,8 @@ def _first_lines(error: BaseException) -> str:
     if cause is not None and str(cause) not in str(error):
         lines += [line.strip() for line in str(cause).splitlines()[:1]]
     return " ".join(lines[:20])
+
+
+def wrong_keys(found: dict[str, Any], kinds: dict[str, type]) -> list[str]:
+    """Name the keys that a JSON object lacks, or has with a value of another kind than ``kinds`` says."""
+    return [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]

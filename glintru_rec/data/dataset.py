@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from glintru_rec.config import wrong_keys
 from glintru_rec.data.side_features import NO_SIDE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
@@ -41,6 +42,8 @@ RARE_FILE = "rare.parquet"
 SET_ASIDE_FILE = "set_aside.parquet"
 SIDE_TYPE = pa.int16()
 MIN_EVENTS_TO_SPLIT = 3
+_KINDS = {"vocabulary_sha256": str, "num_users": int, "num_items": int, "num_events": int, "parts": list}
+_PART_KINDS = {"file": str, "num_users": int, "num_events": int}
 _HISTORIES_PER_WRITE = 1 << 16
 
 
@@ -247,9 +250,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{str(file)!r} has schema version {version!r}, this program reads {SCHEMA_VERSION}; prepare the dataset again"
         )
-    missing = [key for key in ("vocabulary_sha256", "num_users", "num_items", "num_events", "parts") if key not in manifest]
-    if missing:
-        raise InputError(f"{str(file)!r} lacks {', '.join(map(repr, missing))}; prepare the dataset again")
+    wrong = wrong_keys(manifest, _KINDS)
+    if wrong or not all(isinstance(part, dict) and not wrong_keys(part, _PART_KINDS) for part in manifest["parts"]):
+        named = ", ".join(map(repr, wrong or ["parts"]))
+        raise InputError(f"{str(file)!r} lacks {named}, or has values of another kind there; prepare the dataset again")
     return manifest
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from glintru_rec.config import wrong_keys
 from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
@@ -37,7 +38,8 @@ ARTIFACT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt"
 # Keys of a manifest that reading relies on.
-_NEEDED = ("format", "precision", "signature", "num_items", "vocabulary_sha256", "files", "bytes", "versions", "encoder")
+_KINDS = {"format": str, "precision": str, "signature": dict, "num_items": int, "vocabulary_sha256": str}
+_KINDS |= {"files": dict, "bytes": dict, "versions": dict, "encoder": dict}
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"artifact {str(path)!r} has artifact_version {version!r}, this program reads {ARTIFACT_VERSION}; export it again"
         )
-    missing = [key for key in _NEEDED if key not in manifest]
-    if missing:
-        raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} lacks {', '.join(missing)}; export it again")
+    if wrong := wrong_keys(manifest, _KINDS):
+        named = f"lacks {', '.join(wrong)}, or has values of another kind there"
+        raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} {named}; export it again")
     least = {VECTORS_FILE, VOCABULARY_FILE} if manifest.get("task", "retrieval") == "retrieval" else {MODEL_FILE}
-    if not isinstance(manifest["files"], dict) or not least <= set(manifest["files"]):
+    if not least <= set(manifest["files"]):
         raise InputError(f"{MANIFEST_FILE} of artifact {str(path)!r} does not name its files; export it again")
     return manifest
 
