@@ -52,6 +52,7 @@ def draw(by_ranks: dict[int, list[dict[str, float]]], output: Path) -> None:
                 [row["items"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, linewidth=1, label=name
             )
         axes.set(xscale="log", xlabel="items", ylabel=title)
+        axes.margins(y=0.12)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
