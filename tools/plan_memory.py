@@ -5,8 +5,9 @@ python tools/plan_memory.py num_items=100000000 dim=64 ranks=8 [dtype=fp16] [opt
 
 Whatever grows with the catalog is computed: rows, optimizer state, gradients of a replicated table, averages, the copy that is
 written to a checkpoint, scores of the validation. Whatever does not is measured here, on a catalog of 4,096 items: the process
-with its libraries, a training step and a validation batch of the very config. ``history`` is the mean length of the histories
-(``data.max_seq_len`` unless it is said). With ``memory_gib`` the exit status is 1 where the fullest rank has no room.
+with its libraries, a training step, a validation batch and the encoder's share of a checkpoint, of the very config.
+``history`` is the mean length of the histories (``data.max_seq_len`` unless it is said). With ``memory_gib`` the exit status is
+1 where the fullest rank has no room.
 
 Main memory on a CPU machine, within 10 % of what a process was seen to take (tests/test_plan_memory.py). On GPUs table,
 optimizer state and a step lie in the GPU's memory, the checkpoint's copy in the machine's: not run on one.
@@ -27,9 +28,11 @@ from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
 from glintru_rec.losses import NegativeSampler, Uniform, sampled_softmax
 from glintru_rec.scoring.evaluation import BLOCK_SCORES
+from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.tables.item_table import BIAS_COLUMNS
 from glintru_rec.tables.plan import BYTES_PER_VALUE, state_bytes
 from glintru_rec.tables.sharding import build_optimizer
+from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import build_distributed
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.processes import process_group
@@ -41,6 +44,9 @@ SMALL_CATALOG = 4096
 BYTES_PER_SCORE = 13
 # Vectors and gradients of the exact softmax: looked up, gathered, and both once more on the way back.
 CATALOG_COPIES = 4
+
+# Weights and the two moments of AdamW.
+ADAM_COPIES = 3
 
 # What the program train has loaded besides when it trains.
 LIBRARIES = ("glintru_rec.programs.train", "torch.utils.tensorboard")
@@ -91,19 +97,23 @@ class Process:
         libraries: of the process, with a model.
         step: that a training step adds at its peak.
         encoding: that steps and the encoding of validation histories add at their peak.
-        kept: of these, what the allocator keeps afterwards.
+        dense: copy of the dense weights, their moments and average that is written to a checkpoint.
     """
 
     libraries: int
     step: int
     encoding: int
-    kept: int
+    dense: int
 
 
 def peak(held: Held, process: Process) -> int:
-    """Give the most bytes held at once."""
-    moments = (process.step + held.step, process.encoding, process.kept + max(held.validation, held.checkpoint))
-    return process.libraries + held.always + max(moments)
+    """Give the most bytes held at once.
+
+    On a slow disk a checkpoint is still being written, from its copy, when training has gone on to validation, where the
+    allocator may still have what encoding has freed when the catalog is scored.
+    """
+    moment = max(process.step + held.step, process.encoding + held.validation)
+    return process.libraries + held.always + held.checkpoint + process.dense + moment
 
 
 def held_by_table(config: TrainConfig, num_items: int, ranks: int) -> Held:
@@ -132,8 +142,12 @@ def held_by_table(config: TrainConfig, num_items: int, ranks: int) -> Held:
         average=average,
         step=2 * copy + catalog,  # summed over the batch, then over the ranks
         validation=BYTES_PER_SCORE * scores,
-        checkpoint=(weights + state + average) * config.trainer.checkpoint_in_background,
+        checkpoint=(weights + state + average) * _copies_checkpoint(config),
     )
+
+
+def _copies_checkpoint(config: TrainConfig) -> bool:
+    return config.trainer.checkpoint_in_background or config.optimizer.ema_decay > 0
 
 
 def measure_process(config: TrainConfig, history: int) -> Process:
@@ -144,9 +158,13 @@ def measure_process(config: TrainConfig, history: int) -> Process:
     item_ids, offsets = torch.randint(SMALL_CATALOG, (int(lengths.sum()),)), offsets_from_lengths(lengths)
     with process_group("cpu") as device:
         model = build_distributed(config, SMALL_CATALOG, device)
+        decay = config.optimizer.ema_decay
+        average = WeightAverage(model.module.parameters(), decay) if decay > 0 else None
         optimizer = build_optimizer(model, config.table, lambda groups: torch.optim.AdamW(groups, fused=True))
         sampler = NegativeSampler(Uniform(SMALL_CATALOG), min(config.loss.num_negatives, SMALL_CATALOG - 1))
-        libraries = _resident()
+        give_back_freed()
+        libraries = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        dense = sum(parameter.nbytes for part in (model.module.encoder, model.module.side) for parameter in part.parameters())
         for _ in range(2):
             optimizer.zero_grad()
             negative_ids, log_q, _ = sampler.draw(item_ids)
@@ -154,6 +172,8 @@ def measure_process(config: TrainConfig, history: int) -> Process:
             vectors = (output.query, output.positive, output.negatives)
             sampled_softmax(*vectors, output.target_ids, negative_ids, log_q).mean().backward()
             optimizer.step()
+            if average is not None:
+                average.update(0)
         step = peak_memory(device)["peak_memory_bytes"]
         users = config.trainer.eval_batch_users
         histories = torch.randint(SMALL_CATALOG, (users * history,))
@@ -161,12 +181,12 @@ def measure_process(config: TrainConfig, history: int) -> Process:
         with torch.no_grad():
             model.module.encode(histories, torch.arange(users + 1) * history, item_ids[:0])
         encoding = peak_memory(device)["peak_memory_bytes"]
-        return Process(libraries, max(0, step - libraries), max(0, encoding - libraries), max(0, _resident() - libraries))
-
-
-def _resident() -> int:
-    """Count the bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return Process(
+            libraries,
+            step=max(0, step - libraries),
+            encoding=max(0, encoding - libraries),
+            dense=(ADAM_COPIES + (average is not None)) * dense * _copies_checkpoint(config),
+        )
 
 
 def plan(arguments: list[str]) -> tuple[int, TrainConfig, int, int, float]:
@@ -215,11 +235,14 @@ def main() -> int:
         ("gradient", held.gradient, "of a replicated table"),
         ("average", held.average, "of the weights, optimizer.ema_decay"),
         ("libraries", process.libraries, "of the process, measured here"),
+        ("a checkpoint while it is written", held.checkpoint + process.dense, "a copy of table, encoder, optimizers"),
         ("then, for a moment, the largest of", None, ""),
         ("  a training step", process.step + held.step, f"activations of {targets:,} targets; measured here"),
-        ("  encoding in validation", process.encoding, f"{users:,} histories of {history} items; measured here"),
-        ("  ranking in validation", process.kept + held.validation, f"of {users * ranks:,} users at once"),
-        ("  a checkpoint, or resuming", process.kept + held.checkpoint, "a copy of table, optimizer and average"),
+        (
+            "  encoding and ranking in validation",
+            process.encoding + held.validation,
+            f"{users:,} histories of {history} items, measured here; {users * ranks:,} users at once",
+        ),
         ("peak of each rank", total, f"{ranks} rank(s)"),
     ]
     table = Table("bytes of the fullest rank", "MiB", "what they are")

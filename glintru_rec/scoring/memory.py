@@ -1,4 +1,4 @@
-"""Keep a long job's memory flat.
+"""Keep the memory of a long job, or of a training, to what it holds.
 
 Batches come and go in several threads, and the C library keeps what they freed: between what is still in use it becomes
 pieces too small for the next batch, which gets new memory, so a process grows though it holds no more. Mapping large tensors
@@ -12,18 +12,21 @@ from collections.abc import Callable
 SECONDS_BETWEEN = 2.0
 
 
-class FreedMemory:
-    """What a process has freed; call it now and then, and it goes back to the system every `SECONDS_BETWEEN`.
+def give_back_freed() -> None:
+    """Give what this process has freed back to the system, in some 10 ms; nothing happens where the C library is not glibc."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
-    Nothing happens where the C library has no ``malloc_trim``, which is glibc's.
-    """
+
+class FreedMemory:
+    """What a process has freed; call it now and then, and it goes back to the system every `SECONDS_BETWEEN`."""
 
     def __init__(self) -> None:
-        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._last = time.monotonic()
 
     def __call__(self) -> None:
         """Give it back if it is time."""
-        if self._trim is not None and time.monotonic() - self._last >= SECONDS_BETWEEN:
-            self._trim(0)
+        if time.monotonic() - self._last >= SECONDS_BETWEEN:
+            give_back_freed()
             self._last = time.monotonic()

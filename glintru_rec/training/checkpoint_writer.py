@@ -30,6 +30,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.errors import InputError
 from glintru_rec.files import publish, write_json
+from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.checkpoint import RunState, folder_of, list_checkpoints, rank_checkpoints, reason_of
 
@@ -126,6 +127,7 @@ class CheckpointWriter:
         return ended
 
     def _copy_tensors(self) -> dict[str, Any]:
+        give_back_freed()  # as large as the copy, at times, but in pieces that it does not fit into
         with self.average.in_place() if self.average else nullcontext() as weights:
             tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             tensors["training_weights"] = weights or []

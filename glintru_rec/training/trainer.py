@@ -17,6 +17,7 @@ from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
+from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import (
@@ -287,6 +288,7 @@ class Trainer:
             self._stop_if_asked()
 
         seconds = time.monotonic()
+        give_back_freed()  # by the steps, whose memory would otherwise lie beside that of validation
         # Validation would be compiled anew, without gradients: longer than it takes.
         uncompiled = torch.compiler.set_stance("force_eager") if self.config.trainer.compile else nullcontext()
         with self.average.in_place() if self.average else nullcontext(), uncompiled:
