@@ -80,6 +80,7 @@ def test_bench_catalog(tmp_path):
 
 def test_the_picture_of_catalogs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import drawing
     from bench_common import note
     from draw_catalog import draw, read_figures
 
@@ -91,7 +92,7 @@ def test_the_picture_of_catalogs(tmp_path, monkeypatch):
     found = read_figures(figures)
     assert [row["ratio"] for row in found[1]] == [1.0, 1.5]
     assert list(found) == [1, 2]
-    draw(found, tmp_path / "catalog.svg")
+    drawing.save(draw(found), tmp_path / "catalog.svg")
     assert "<svg" in (tmp_path / "catalog.svg").read_text()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="no file of figures"):

@@ -9,12 +9,10 @@ import csv
 import sys
 from pathlib import Path
 
-import matplotlib
+import drawing
+from matplotlib.figure import Figure
 
 from glintru_rec.errors import InputError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 PANELS = {"ratio": "step, against the smallest catalog", "peak_gib": "peak memory of a rank, GiB"}
 
@@ -41,10 +39,9 @@ def read_figures(path: Path) -> dict[int, list[dict[str, float]]]:
     return by_ranks
 
 
-def draw(by_ranks: dict[int, list[dict[str, float]]], output: Path) -> None:
-    """Draw into a file; its ending decides the format."""
-    matplotlib.rcParams["svg.hashsalt"] = "catalog"  # the same figures give the same file
-    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(7.6, 3.2), layout="constrained")
+def draw(by_ranks: dict[int, list[dict[str, float]]]) -> Figure:
+    """Draw the figures of each number of ranks."""
+    figure, panels = drawing.panels(len(PANELS), 7.6, 3.2)
     for axes, (key, title) in zip(panels, PANELS.items()):
         for ranks, rows in by_ranks.items():
             name = f"{ranks} rank{'s' * (ranks > 1)}"
@@ -55,24 +52,13 @@ def draw(by_ranks: dict[int, list[dict[str, float]]], output: Path) -> None:
         axes.margins(y=0.12)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
-def main() -> int:
-    """Read the command line, draw; give the exit status."""
-    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    files = [name for name, value in given.items() if not value]
-    if len(files) != 1 or "output" not in given:
-        print(__doc__)
-        return 2
-    try:
-        draw(read_figures(Path(files[0])), Path(given["output"]))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(sources: dict[str, str]) -> Figure:
+    """Draw the file that a command line names."""
+    return draw(read_figures(drawing.only_source(sources)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drawing.run(__doc__, main))

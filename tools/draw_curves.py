@@ -10,12 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+import drawing
+from matplotlib.figure import Figure
 
 from glintru_rec.errors import InputError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 def read_curves(run_dir: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
@@ -29,10 +27,9 @@ def read_curves(run_dir: Path) -> tuple[list[tuple[int, float]], list[tuple[int,
     return train, valid
 
 
-def draw(runs: dict[str, Path], output: Path) -> None:
-    """Draw the runs' curves into a file; its ending decides the format."""
-    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same figures give the same file
-    figure, (losses, figures) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+def draw(runs: dict[str, Path]) -> Figure:
+    """Draw the curves of runs, name → run directory."""
+    figure, (losses, figures) = drawing.panels(2, 9, 3.4)
     for name, run_dir in runs.items():
         train, valid = read_curves(run_dir)
         losses.plot(*zip(*train), label=name, linewidth=1.2)
@@ -40,25 +37,13 @@ def draw(runs: dict[str, Path], output: Path) -> None:
     losses.set(xlabel="step", ylabel="training loss, nats")
     figures.set(xlabel="epoch", ylabel="NDCG@10 (valid)")
     losses.legend(fontsize=8, loc="upper right")
-    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
-def main() -> int:
-    """Read the command line, draw; give the exit status."""
-    given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    output = given.pop("output", "")
-    runs = {name if value else Path(name).name: Path(value or name) for name, value in given.items()}
-    if not output or not runs or "-h" in given or "--help" in given:
-        print(__doc__)
-        return 2
-    try:
-        draw(runs, Path(output))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(sources: dict[str, str]) -> Figure:
+    """Draw the runs that a command line names."""
+    return draw({name if run_dir else Path(name).name: Path(run_dir or name) for name, run_dir in sources.items()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drawing.run(__doc__, main))

@@ -107,15 +107,11 @@ def draw(board: dict[str, Any], path: Path) -> None:
         board: what ``leaderboard.json`` holds, with at least one run that says its seconds.
         path: file to write; its ending decides the format.
     """
-    import matplotlib
+    import drawing
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "leaderboard"  # the same figures give the same file
     rows = drawn_rows(board)
     kinds = [row["group"] or row["name"] for row in rows]  # one color each
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = drawing.panels(1, 8, 5)
     names: list[tuple[float, float, str, str]] = []  # a place, the name of what is there, its color
     for row, kind in zip(rows, kinds):
         minutes, quality = row["figures"]["train_seconds"]["mean"] / 60, row["figures"]["ndcg@10"]
@@ -131,8 +127,7 @@ def draw(board: dict[str, Any], path: Path) -> None:
             names.append((axes.get_xlim()[1], anchor["figures"]["ndcg@10"], f"{anchor['name']}, published", "0.5"))
     axes.set(xlabel="training, minutes", ylabel="NDCG@10 (test)", title=board["title"])
     _write_names(axes, names)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
-    pyplot.close(figure)
+    drawing.save(figure, path)
 
 
 def drawn_rows(board: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from glintru_rec.ranking.build import build_distributed_ranking, task_weights
 from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import RankingDataset
 from glintru_rec.ranking.metrics import binary_metrics, number_metrics
-from glintru_rec.training.checkpoint import RunState, best_checkpoint, list_checkpoints, load_checkpoint, read_state
+from glintru_rec.training.checkpoint import RunState, best_checkpoint, find_resumable, load_checkpoint, newest_checkpoint
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.processes import StopSignals, seed_step
 from glintru_rec.training.run_log import RunLog
@@ -67,21 +67,17 @@ class RankingTrainer:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
-        checkpoints = list_checkpoints(self.run_dir)
-        if not checkpoints:
+        found = find_resumable(self.run_dir, self.state.model_fingerprint)
+        if found is None:
             return
-        state = read_state(checkpoints[-1])
-        if state.model_fingerprint != self.state.model_fingerprint:
-            raise InputError(
-                f"{checkpoints[-1]} was written by another model; resume with its config, or choose another output"
-            )
+        newest, state = found
         if state.vocabulary_sha256 != self.state.vocabulary_sha256:
-            raise InputError(f"{checkpoints[-1]} belongs to another dataset than data.path={self.config.data.path}")
+            raise InputError(f"{newest} belongs to another dataset than data.path={self.config.data.path}")
         state.batching = self.state.batching  # checkpoints stand between epochs
-        load_checkpoint(checkpoints[-1], self.model, self.optimizer)
+        load_checkpoint(newest, self.model, self.optimizer)
         self.state = state
         if self.rank == 0:
-            print(f"resumed from {checkpoints[-1]} (epoch {state.epoch} done)", flush=True)
+            print(f"resumed from {newest} (epoch {state.epoch} done)", flush=True)
 
     def fit(self) -> RunState:
         """Train until the last epoch, or until validation stops improving; then load the best weights.
@@ -91,16 +87,18 @@ class RankingTrainer:
         """
         trainer, state = self.config.trainer, self.state
         self.log = RunLog(self.run_dir, state.step, state.validated_step, self.config) if self.rank == 0 else None
+        if self.rank == 0:
+            (self.run_dir / "finished.json").unlink(missing_ok=True)  # of a shorter run that now goes on
         total = state.step + (trainer.max_epochs - state.epoch) * self.batches.num_steps
         self.progress = Progress("train", total, "steps", enabled=self.rank == 0)
         with StopSignals() as self.signals:
-            while state.epoch < trainer.max_epochs and not self._stalled():
+            while state.epoch < trainer.max_epochs and not state.has_stalled(trainer.patience):
                 self.train_epoch()
                 state.epoch += 1
                 self.validate()
                 self.checkpoints.save(state)
                 self._stop_if_asked()
-        if self.rank == 0 and self._stalled():
+        if self.rank == 0 and state.has_stalled(trainer.patience):
             print(f"stopped: {trainer.patience} validations without a better figure", flush=True)
         if self.log is not None:
             self.log.close()
@@ -152,17 +150,12 @@ class RankingTrainer:
         state, seconds = self.state, time.monotonic()
         metrics = self.evaluate("valid")
         first = next(iter(self.weights))
-        value = metrics[f"{first}.auc"] if self.kinds[0] == "binary" else -metrics[f"{first}.rmse"]
-        if value > state.best_value or state.best_step < 0:
-            state.best_step, state.best_value, state.validations_since_best = state.step, value, 0
-        else:
-            state.validations_since_best += 1
-        state.validated_step, state.value = state.step, value
+        state.note_validation(metrics[f"{first}.auc"] if self.kinds[0] == "binary" else -metrics[f"{first}.rmse"])
         if self.log is not None:
             seconds = time.monotonic() - seconds
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds, **peak_memory(self.device))
             figures = "  ".join(f"{name} {figure:.4f}" for name, figure in metrics.items())
-            best = "  best so far" if state.best_step == state.step else ""
+            best = "  best so far" if state.is_best else ""
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
 
     @torch.no_grad()
@@ -198,11 +191,7 @@ class RankingTrainer:
             return
         if self.log is not None:
             self.log.close()
-        last = next(reversed(list_checkpoints(self.run_dir)), None)
-        raise Stopped(f"stopped by a signal at step {self.state.step}; last checkpoint: {last}")
-
-    def _stalled(self) -> bool:
-        return 0 < self.config.trainer.patience <= self.state.validations_since_best
+        raise Stopped(f"stopped by a signal at step {self.state.step}; last checkpoint: {newest_checkpoint(self.run_dir)}")
 
     def _record(self) -> None:
         """Write the mean loss of all ranks since the last record, if there was a step.

@@ -44,10 +44,10 @@ class RunState:
             of its batches are done, and how many there are. Those of ranks 0, 1, … come first; null for a rank without one.
         next_chunk: and the first that nobody has begun.
         best_step: step of the best validation; -1 before the first.
-        best_value: its NDCG@10.
+        best_value: its figure, of which more is better: NDCG@10; of a ranking model, the first task's.
         validations_since_best: for early stopping.
         validated_step: step of the last validation; -1 before the first.
-        value: NDCG@10 of the weights of this very step; None while they are not validated.
+        value: the figure of the weights of this very step; None while they are not validated.
         averaged: whether the checkpoint's model is an average of weights; those that training goes on with lie beside it.
         dynamic: whether an id map says which item has which row (``data.vocabulary``); it lies beside the tensors.
     """
@@ -76,6 +76,23 @@ class RunState:
     @place.setter
     def place(self, place: Place) -> None:
         self.batches_in_epoch, self.chunks_begun, self.next_chunk = place
+
+    def note_validation(self, value: float) -> None:
+        """Note the figure that validation gave the weights of this step."""
+        self.value, self.validated_step = value, self.step
+        if value > self.best_value or self.best_step < 0:
+            self.best_step, self.best_value, self.validations_since_best = self.step, value, 0
+        else:
+            self.validations_since_best += 1
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights of this step have the best validation so far."""
+        return self.best_step == self.step
+
+    def has_stalled(self, patience: int) -> bool:
+        """Whether ``patience`` validations, or more, brought nothing better; never with a patience of 0."""
+        return 0 < patience <= self.validations_since_best
 
 
 def load_checkpoint(
@@ -157,6 +174,21 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return next(reversed(list_checkpoints(run_dir)), None)
 
 
+def find_resumable(run_dir: Path, model_fingerprint: str) -> tuple[Path, RunState] | None:
+    """Find the newest checkpoint of a run on all ranks, and where it stood; None: there is none.
+
+    Raises:
+        InputError: it is of a model with another fingerprint, or not whole.
+    """
+    newest = from_first_rank(lambda: newest_checkpoint(run_dir))
+    if newest is None:
+        return None
+    state = read_state(newest)
+    if state.model_fingerprint != model_fingerprint:
+        raise InputError(f"{newest} was written by another model; resume with its config, or choose another output")
+    return newest, state
+
+
 def from_first_rank(choose: Callable[[], Path | None]) -> Path | None:
     """Give all ranks the checkpoint that the first one finds.
 
@@ -192,7 +224,7 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def rank_checkpoints(checkpoints: list[Path]) -> list[Path]:
-    """Order those that were validated by their NDCG@10, best first; of equal ones the older is the better."""
+    """Order those that were validated by their figures, best first; of equal ones the older is the better."""
     values = [(read_state(checkpoint).value, checkpoint) for checkpoint in checkpoints]
     validated = [(-value, checkpoint) for value, checkpoint in values if value is not None]
     return [checkpoint for _, checkpoint in sorted(validated)]

@@ -29,7 +29,7 @@ from glintru_rec.training.build import (
     check_vocabulary,
     warm_start,
 )
-from glintru_rec.training.checkpoint import RunState, from_first_rank, load_checkpoint, newest_checkpoint, read_state
+from glintru_rec.training.checkpoint import RunState, find_resumable, from_first_rank, load_checkpoint, newest_checkpoint
 from glintru_rec.training.checkpoint_writer import CheckpointWriter
 from glintru_rec.training.config import TrainConfig
 from glintru_rec.training.dynamic_items import DynamicItems
@@ -106,12 +106,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
-        newest = from_first_rank(lambda: newest_checkpoint(self.run_dir))
-        if newest is None:
+        found = find_resumable(self.run_dir, self.state.model_fingerprint)
+        if found is None:
             return
-        state = read_state(newest)
-        if state.model_fingerprint != self.state.model_fingerprint:
-            raise InputError(f"{newest} was written by another model; resume with its config, or choose another output")
+        newest, state = found
         check_kind(self.config.dynamic, state, self.run_dir)
         check_vocabulary(self.dataset, state, self.run_dir)
         if state.averaged != self.state.averaged:
@@ -179,8 +177,9 @@ class Trainer:
     def _finish(self) -> None:
         """Wait for the last checkpoint and say how the run went; a signal still has to wait for this."""
         state = self.state
-        if self.rank == 0 and self._stalled():
-            print(f"stopped: {self.config.trainer.patience} validations without a better ndcg@10", flush=True)
+        patience = self.config.trainer.patience
+        if self.rank == 0 and state.has_stalled(patience):
+            print(f"stopped: {patience} validations without a better ndcg@10", flush=True)
         self._wait_for_checkpoint()
         last = self.checkpoints.last
         if last and last.error:
@@ -278,7 +277,7 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Rank the validation targets; note whether this is the best yet, and whether to stop."""
+        """Rank the validation targets; note whether this is the best yet."""
         trainer, state = self.config.trainer, self.state
         progress = Progress("validate", 1, "users", enabled=self.rank == 0)
 
@@ -297,15 +296,10 @@ class Trainer:
                 self.model, dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
             )
         seconds = time.monotonic() - seconds
-        state.value = metrics["ndcg@10"]
-        if state.value > state.best_value or state.best_step < 0:
-            state.best_step, state.best_value, state.validations_since_best = state.step, state.value, 0
-        else:
-            state.validations_since_best += 1
-        state.validated_step = state.step
+        state.note_validation(metrics["ndcg@10"])
         if self.log is not None:
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds, **peak_memory(self.device))
-            best = "  best so far" if state.best_step == state.step else ""
+            best = "  best so far" if state.is_best else ""
             figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr@10"))
             print(f"epoch {state.epoch}  step {state.step}  {figures}{best}", flush=True)
             if self.items is not None:
@@ -351,10 +345,8 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """Whether the last epoch or step is done, or validation has stopped improving."""
-        return self._stalled() or self._out_of_steps() or self.state.epoch >= self.config.trainer.max_epochs
-
-    def _stalled(self) -> bool:
-        return 0 < self.config.trainer.patience <= self.state.validations_since_best
+        trainer, state = self.config.trainer, self.state
+        return state.has_stalled(trainer.patience) or self._out_of_steps() or state.epoch >= trainer.max_epochs
 
     def _out_of_steps(self) -> bool:
         return 0 < self.config.trainer.max_steps <= self.state.step
