@@ -33,8 +33,8 @@ def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         try:
             return getattr(importlib.import_module(_ELSEWHERE[name]), name)
-        except ImportError as error:  # AttributeError is what hasattr understands
-            raise AttributeError(f"glintru_rec.{name} needs glintru_rec installed with TorchRec: {error}") from error
+        except ImportError as error:  # of an AttributeError, `from glintru_rec import …` would leave the reason out
+            raise ImportError(f"glintru_rec.{name} needs glintru_rec installed with TorchRec: {error}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

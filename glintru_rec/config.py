@@ -23,6 +23,12 @@ def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
     check(key, value, value in choices, f"one of {', '.join(choices)}")
 
 
+def check_at_least(least: int, group: str, config: Any, keys: Sequence[str]) -> None:
+    """Raise an `InputError` unless each of the keys of a config, named ``<group><key>``, is at least ``least``."""
+    for key in keys:
+        check(f"{group}{key}", getattr(config, key), getattr(config, key) >= least, f"at least {least}")
+
+
 def compose(program: str, schema: type[Schema], overrides: Sequence[str]) -> Schema:
     """Compose ``configs/<program>.yaml`` with hydra overrides into a validated ``schema``.
 
@@ -45,7 +51,7 @@ def compose(program: str, schema: type[Schema], overrides: Sequence[str]) -> Sch
             raise InputError(f"missing value: give {' '.join(f'{key}=…' for key in sorted(missing))}")
         result = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_first_lines(error)) from error
+        raise InputError(telling_part(error)) from error
     assert isinstance(result, schema)
     return result
 
@@ -96,13 +102,19 @@ def from_yaml(path: Path, schema: type[Schema]) -> Schema:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
         result = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"{path} is not a readable {schema.__name__}: {_first_lines(error)}") from error
+        raise InputError(f"{path} is not a readable {schema.__name__}: {telling_part(error)}") from error
     assert isinstance(result, schema)
     return result
 
 
-def _first_lines(error: BaseException) -> str:
-    """Give the telling part of a hydra or omegaconf message."""
+def telling_part(error: BaseException) -> str:
+    """Say in one line what a hydra or omegaconf error complains of."""
+    override = getattr(error, "override", None)  # of an OverrideParseException, whose message may leave it out
+    if override is not None:
+        return (
+            f"{override!r} cannot be read: give key=value; a value with blanks, quotes or commas in it needs quotes of its "
+            f"own, inside the shell's: 'key=\"a = b\"'"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     noise = (
         "reference_type",

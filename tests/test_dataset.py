@@ -180,6 +180,14 @@ class TestSplit:
         ]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "h.parquet", "log"]
 
+    def test_whole_histories(self, prepared, tmp_path):
+        dataset = SequenceDataset.open(prepared)
+        dataset.write_histories(tmp_path / "h.parquet", "all")
+        lists = self.ragged(dataset.vocabulary.decode(dataset.items).to_numpy(zero_copy_only=False), dataset.offsets)
+        written = pq.read_table(tmp_path / "h.parquet").to_pylist()
+        assert written == [{"user_id": user, "history": items} for user, items in zip(dataset.user_ids.to_pylist(), lists)]
+        assert {"user_id": 5, "history": [10, 30, 10, 20, 10]} in written
+
 
 class TestOpen:
     def edit(self, prepared, **changes):

@@ -22,38 +22,52 @@ def tool(monkeypatch):
     return sweep
 
 
+@pytest.fixture
+def search(tool):
+    import sweep_search
+
+    return sweep_search
+
+
+@pytest.fixture
+def trials(tool):
+    import sweep_trials
+
+    return sweep_trials
+
+
 def sweep_of(dataset, output, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), f"data.path={dataset}", f"output={output}", *SMALL, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=environment())
 
 
-def test_grid_in_the_words_of_hydra(tool, tmp_path):
+def test_grid_in_the_words_of_hydra(tool, search, tmp_path):
     sweep = tool.read_command_line(
         [f"output={tmp_path}", "jobs=2", "a.b=1e-3,3e-3", "model=choice(x,y)", "n=range(1,6,2)", "c=[1,2]"]
     )
-    trials = tool.grid(sweep)
+    trials = search.grid(sweep)
     assert (sweep.jobs, sweep.fixed, len(trials)) == (2, ["c=[1,2]"], 12)
     assert trials[0].values == {"a.b": "0.001", "model": "x", "n": "1"}
     assert trials[-1].values == {"a.b": "0.003", "model": "y", "n": "5"}
     assert len({trial.folder for trial in trials}) == 12
     assert trials[0].folder.name.startswith("b-0.001_model-x_n-1_")
     other = tool.read_command_line([f"output={tmp_path}", "a.b=1e-3,3e-3", "model=choice(x,y)", "n=range(1,6,2)", "c=[1]"])
-    assert not {trial.folder for trial in tool.grid(other)} & {trial.folder for trial in trials}
+    assert not {trial.folder for trial in search.grid(other)} & {trial.folder for trial in trials}
 
 
-def test_spaces_of_optuna(tool):
+def test_spaces_of_optuna(tool, search):
     parse = tool.OverridesParser.create().parse_overrides
     written = ["a=tag(log,interval(1e-4,1e-2))", "b=int(interval(2,8))", "c=x,y"]
-    log, whole, words = (tool.distribution_of(each) for each in parse(written))
+    log, whole, words = (search.distribution_of(each) for each in parse(written))
     assert (log.low, log.high, log.log) == (1e-4, 1e-2, True)
     assert (type(whole).__name__, whole.low, whole.high) == ("IntDistribution", 2, 8)
     assert words.choices == ("x", "y")
 
 
-def test_median_of_others_decides(tool, tmp_path):
+def test_median_of_others_decides(tool, search, trials, tmp_path):
     sweep = tool.read_command_line([f"output={tmp_path}", "a=1,2,3,4", "pruner=median"])
-    runner = tool.Runner(sweep, lock=-1)
-    *others, own = tool.grid(sweep)
+    runner = trials.Runner(sweep, lock=-1)
+    *others, own = search.grid(sweep)
     (own.folder / "run").mkdir(parents=True)
     log = own.folder / "run" / "metrics.jsonl"
 
@@ -72,17 +86,17 @@ def test_median_of_others_decides(tool, tmp_path):
     assert not is_behind(0.1, 0.1, 0.1)  # nobody else had that many epochs
 
 
-def test_figure_by_name(tool):
+def test_figure_by_name(trials):
     ranking = {"steps": 5, "valid": {"click.auc": 0.75}, "test": {"click.auc": 0.5}}
-    assert tool.figure_of({"valid_ndcg@10": 0.25}, "valid_ndcg@10") == 0.25
-    assert tool.figure_of(ranking, "valid.click.auc") == 0.75
+    assert trials.figure_of({"valid_ndcg@10": 0.25}, "valid_ndcg@10") == 0.25
+    assert trials.figure_of(ranking, "valid.click.auc") == 0.75
     with pytest.raises(InputError, match=r"does not have; it has steps, valid\.click\.auc"):
-        tool.figure_of(ranking, "valid.auc")
+        trials.figure_of(ranking, "valid.auc")
 
 
-def test_figures_of_another_metric_are_not_taken_for_this_one(tool, tmp_path, monkeypatch, capsys):
+def test_figures_of_another_metric_are_not_taken_for_this_one(tool, search, tmp_path, monkeypatch, capsys):
     arguments = ["data.path=d", f"output={tmp_path}", "trainer.seed=1,2"]
-    for trial in tool.grid(tool.read_command_line(arguments)):
+    for trial in search.grid(tool.read_command_line(arguments)):
         trial.folder.mkdir(parents=True)
         result = {"values": trial.values, "status": "done", "metric": "valid_hr@10", "value": 0.5, "curve": {}, "finished": {}}
         (trial.folder / "result.json").write_text(json.dumps(result))
@@ -119,7 +133,7 @@ def test_hydras_flag_leads_here(monkeypatch, capsys):
 
 
 @pytest.mark.programs
-def test_searches_fail_by_name_and_go_on(tool, dataset_dir, tmp_path):
+def test_searches_fail_by_name_and_go_on(tool, trials, dataset_dir, tmp_path):
     """One value cannot be trained with; the second call trains nothing that has its result."""
     result = sweep_of(dataset_dir, tmp_path / "out", "trainer.batch_targets=128,1")
     assert result.returncode == 1, result.stdout + result.stderr
@@ -141,7 +155,7 @@ def test_searches_fail_by_name_and_go_on(tool, dataset_dir, tmp_path):
     asked = ["sampler=tpe", "trials=2", space, "trainer.batch_targets=128"]
     fixed = [f"data.path={dataset_dir}", *SMALL, "trainer.batch_targets=128"]
     sweep = tool.read_command_line([f"output={tmp_path / 'out'}", "sampler=tpe", *fixed, space])
-    earlier = tool.trial_of(sweep, {"optimizer.learning_rate": "0.002"}).folder
+    earlier = trials.trial_of(sweep, {"optimizer.learning_rate": "0.002"}).folder
     earlier.mkdir()
     values = {"optimizer.learning_rate": "0.002"}
     (earlier / "values.json").write_text(json.dumps(values))
@@ -149,6 +163,6 @@ def test_searches_fail_by_name_and_go_on(tool, dataset_dir, tmp_path):
     (earlier / "result.json").write_text(json.dumps(made))
     result = sweep_of(dataset_dir, tmp_path / "out", *asked)
     assert result.returncode == 0, result.stdout + result.stderr
-    trials = json.loads((tmp_path / "out/sweep.json").read_text())["trials"]
-    assert [trial["status"] for trial in trials] == ["stopped early", "done"]
-    assert 1e-3 <= float(trials[1]["values"]["optimizer.learning_rate"]) <= 1e-2
+    ended = json.loads((tmp_path / "out/sweep.json").read_text())["trials"]
+    assert [trial["status"] for trial in ended] == ["stopped early", "done"]
+    assert 1e-3 <= float(ended[1]["values"]["optimizer.learning_rate"]) <= 1e-2

@@ -1,6 +1,6 @@
-"""Write the histories of a dataset's split with original ids, as `launch/score.py` reads them.
+"""Write the histories of a dataset with original ids, as `launch/score.py` reads them.
 
-python tools/write_histories.py DATASET OUTPUT.parquet --split test
+python tools/write_histories.py DATASET OUTPUT.parquet --split all
 """
 
 import argparse
@@ -15,8 +15,14 @@ def main() -> int:
     """Read the command line, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset made by launch/prepare.py")
-    parser.add_argument("output", help="parquet file to write: user_id, history, target and side features")
-    parser.add_argument("--split", choices=("valid", "test"), default="test")
+    parser.add_argument("output", help="parquet file to write: user_id, history, side features, and target of a split")
+    parser.add_argument(
+        "--split",
+        choices=("all", "valid", "test"),
+        default="test",
+        help="all: every user's whole history, to recommend what comes next; test (default): all but the last item, which is "
+        "the target; valid: all but the last two",
+    )
     arguments = parser.parse_args()
     try:
         side_features = SideVocabulary.load(arguments.dataset).names

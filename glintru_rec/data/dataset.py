@@ -184,14 +184,19 @@ class SequenceDataset:
         return self.user_ids.take(pa.array(places)).to_pylist()
 
     def write_histories(self, path: str | Path, split: str) -> None:
-        """Write the cases of a split with original ids, as a scoring job reads them.
+        """Write histories with original ids, as a scoring job reads them.
 
-        Parquet columns: ``user_id``, ``history`` (list of item ids in time order), ``target``, and under the name of each side
-        feature that was read the list of its values. The file appears whole.
+        Parquet columns: ``user_id``, ``history`` (list of item ids in time order), ``target`` (not with ``all``), and under the
+        name of each side feature that was read the list of its values. The file appears whole.
+
+        Args:
+            path: of the file.
+            split: the cases of ``valid`` or ``test``; or ``all``, every user's whole history.
         """
-        cases = self.eval_cases(split)
+        cases = self._whole_histories() if split == "all" else self.eval_cases(split)
         id_type = self.vocabulary.item_ids.type
-        columns = [("user_id", self.user_ids.type), ("history", pa.list_(id_type)), ("target", id_type)]
+        columns = [("user_id", self.user_ids.type), ("history", pa.list_(id_type))]
+        columns += [("target", id_type)] * (split != "all")
         columns += [(name, pa.list_(pa.string())) for name in self.side.names]
         aside = aside_of(Path(path))
         try:
@@ -203,14 +208,20 @@ class SequenceDataset:
         finally:
             aside.unlink(missing_ok=True)
 
+    def _whole_histories(self) -> EvalCases:
+        """Give what every user has done; nobody knows what follows."""
+        unknown = np.full(self.num_users, -1)
+        return EvalCases(self.items, self.offsets, unknown, np.arange(self.num_users), self.side_ids)
+
     def _history_batch(self, cases: EvalCases, start: int, stop: int, schema: pa.Schema) -> pa.RecordBatch:
         offsets = cases.history_offsets[start : stop + 1]
         events, lists = slice(offsets[0], offsets[-1]), pa.array(offsets - offsets[0], pa.int32())
         columns = [
             self.user_ids.take(pa.array(cases.user_index[start:stop])),
             pa.ListArray.from_arrays(lists, self.vocabulary.decode(cases.history_items[events])),
-            self.vocabulary.decode(cases.targets[start:stop]),
         ]
+        if "target" in schema.names:
+            columns.append(self.vocabulary.decode(cases.targets[start:stop]))
         if cases.history_side is not None:
             values = zip(self.side.names, cases.history_side[events].T)
             columns += [pa.ListArray.from_arrays(lists, self.side.decode(name, indices)) for name, indices in values]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
-from glintru_rec.config import check, one_of
+from glintru_rec.config import check, check_at_least, one_of
 from glintru_rec.encoders import SASRec
 from glintru_rec.ranking.model import RankingModelConfig
 from glintru_rec.ranking.tower import TowerConfig
@@ -34,8 +34,7 @@ class RankingDataConfig:
     tasks: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        for key in ("max_seq_len", "block_examples"):
-            check(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        check_at_least(1, "data.", self, ("max_seq_len", "block_examples"))
         for name, weight in self.tasks.items():
             check(f"data.tasks.{name}", weight, 0 < weight < math.inf, "greater than 0 and finite")
 
@@ -85,10 +84,8 @@ class RankingTrainerConfig:
     device: str = "auto"
 
     def __post_init__(self):
-        for key in ("max_epochs", "batch_examples", "keep_last", "log_every_steps"):
-            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
-        for key in ("seed", "patience"):
-            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        check_at_least(1, "trainer.", self, ("max_epochs", "batch_examples", "keep_last", "log_every_steps"))
+        check_at_least(0, "trainer.", self, ("seed", "patience"))
         possible = 0 < self.timeout_seconds <= 1e7
         check("trainer.timeout_seconds", self.timeout_seconds, possible, "greater than 0 and at most 1e7")
         one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))

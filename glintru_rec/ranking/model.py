@@ -19,7 +19,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch, SparseArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from glintru_rec.config import check, one_of
+from glintru_rec.config import check, check_at_least, one_of
 from glintru_rec.ranking.batches import RankingBatch
 from glintru_rec.ranking.tower import SequenceTower
 
@@ -54,8 +54,7 @@ class RankingModelConfig:
             "a multiple of 4, at least 4",
         )
         one_of("model.interaction", self.interaction, ("dcn", "dlrm"))
-        for key in ("cross_layers", "cross_rank"):
-            check(f"model.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        check_at_least(1, "model.", self, ("cross_layers", "cross_rank"))
         for key in ("dense_layers", "head_layers"):
             check(
                 f"model.{key}", list(getattr(self, key)), all(size >= 1 for size in getattr(self, key)), "sizes of at least 1"

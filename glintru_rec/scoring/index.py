@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glintru_rec.config import check, one_of
+from glintru_rec.config import check, check_at_least, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import aside_of, publish, sha256_of, write_json
@@ -68,8 +68,7 @@ class IndexConfig:
         check("index.num_lists", self.num_lists, self.num_lists >= 0, "at least 0")
         check("index.seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2^31)")
         check("index.num_neighbors", self.num_neighbors, self.num_neighbors >= 2, "at least 2")
-        for key in ("num_probes", "ef_construction", "ef_search", "sample"):
-            check(f"index.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        check_at_least(1, "index.", self, ("num_probes", "ef_construction", "ef_search", "sample"))
         check("index.min_recall", self.min_recall, 0 <= self.min_recall <= 1, "in [0, 1]")
 
     def of_output(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from glintru_rec.config import check, one_of
+from glintru_rec.config import check, check_at_least, one_of
 from glintru_rec.data.id_map import VocabularyConfig
 from glintru_rec.errors import InputError
 from glintru_rec.losses.softmax import PRECISIONS
@@ -233,10 +233,8 @@ class TrainerConfig:
 
     def __post_init__(self):
         counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "log_every_steps")
-        for key in (*counts, "keep_last", "keep_best"):
-            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
-        for key in ("max_steps", "seed", "patience", "checkpoint_every_steps"):
-            check(f"trainer.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        check_at_least(1, "trainer.", self, (*counts, "keep_last", "keep_best"))
+        check_at_least(0, "trainer.", self, ("max_steps", "seed", "patience", "checkpoint_every_steps"))
         check("trainer.seed", self.seed, self.seed < 2**63, "less than 2**63")
         check("trainer.max_loss", self.max_loss, 0 <= self.max_loss < math.inf, "at least 0 (0: no limit) and finite")
         possible = 0 < self.timeout_seconds <= 1e7  # more than timedelta and gloo could count
