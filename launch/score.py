@@ -6,8 +6,10 @@ import torchx.specs as specs
 def py(*overrides: str, nproc: int = 1, max_restarts: int = 0) -> specs.AppDef:
     """Score users' histories with an exported artifact, or carry kept user states on by new events (mode=update).
 
-    Reads and writes parquet; rows that cannot be scored go to rejects/ with their reason. The same command again goes on
-    where a killed job was. Input files that cannot be read are named, and the others scored (exit status 3 of the program).
+    Reads parquet of user_id and history, a list of item ids (tools/write_histories.py makes it of a dataset), with candidates
+    for mode=candidates; writes parquet. Rows that cannot be scored go to rejects/ with their reason. The same command again
+    goes on where a killed job was. Input files that cannot be read are named, and the others scored (exit status 3 of the
+    program).
 
     Args:
         overrides: artifact=DIR input=PARQUET output=DIR mode=candidates|top_k|encode|items|update|rank [state=DIR for update]

@@ -7,6 +7,7 @@ from runpy import run_path
 
 import pytest
 
+import glintru_rec
 from tests.conftest import REPOSITORY, environment
 
 DOCS = REPOSITORY / "docs"
@@ -108,6 +109,12 @@ def test_every_page_has_its_place_and_links_lead_somewhere():
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             generated = path.parent == DOCS and target == "config.md"
             assert generated or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (DOCS / "api.md").read_text()
+    for name in {*glintru_rec.__all__, *glintru_rec._ELSEWHERE}:
+        assert re.search(rf"^\.\. auto\w+:: glintru_rec\.[\w.]*\b{name}$", text, re.MULTILINE), name
 
 
 def test_every_key_is_described():
