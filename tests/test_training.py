@@ -355,7 +355,7 @@ def test_early_stopping(dataset_dir, tmp_path):
         (["optimizer.ema_decay=1"], "optimizer.ema_decay is 1.0; it must be at least 0"),
         (["optimizer.ema_decay=0.9"], "optimizer.ema_decay=0.9 needs table.sharding=replicated"),
         (["optimizer.schedule=step"], "optimizer.schedule is 'step'; it must be one of constant, linear, cosine"),
-        (["output=my runs, 2"], "'output=my runs, 2' cannot be read: give key=value; a value with blanks"),
+        (["output=a = b"], "'output=a = b' cannot be read: give key=value; a value with blanks"),
         (["loss"], "'loss' cannot be read: give key=value"),
         ([], "missing value: give data.path=… output=…"),
     ],
