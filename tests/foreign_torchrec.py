@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from glintru_rec import load_encoder
 
@@ -26,19 +25,14 @@ def main(run_dir: str) -> None:
     assert names.keys() == trained.keys()
     for name, tensor in names.items():
         assert torch.equal(tensor, trained[name]), f"{name} is not the run's any more"
-    histories, users, labels = example["batch_of"](dist.get_rank())
+    batch = example["batch_of"](dist.get_rank())
     before = [[parameter.detach().clone() for parameter in group] for group in (encoder, rest)]
-    losses = []
-    for step in range(40):
-        optimizer.zero_grad()
-        loss = binary_cross_entropy_with_logits(model(histories, users), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step == 0:  # Adam's first step is as long as its rate, whatever the gradient
-            for group, start, rate in zip((encoder, rest), before, (example["ENCODER_RATE"], example["RATE"])):
-                longest = max(float((now - then).abs().max()) for now, then in zip(group, start))
-                assert abs(longest / rate - 1) < 1e-2, (longest, rate)
+    losses = example["train"](model, optimizer, batch, 1)
+    # Adam's first step is as long as its rate, whatever the gradient.
+    for group, start, rate in zip((encoder, rest), before, (example["ENCODER_RATE"], example["RATE"])):
+        longest = max(float((now - then).abs().max()) for now, then in zip(group, start))
+        assert abs(longest / rate - 1) < 1e-2, (longest, rate)
+    losses += example["train"](model, optimizer, batch, 39)
     assert losses[-1] < 0.5 * losses[0], losses
     mine = torch.cat([parameter.detach().flatten() for parameter in encoder])
     other = mine.clone()

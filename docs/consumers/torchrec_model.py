@@ -72,19 +72,25 @@ def batch_of(rank: int) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor, Tensor]:
     return histories, owners, odd
 
 
-def main(run_dir: str) -> None:
-    """Train on every rank's own batch."""
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    model, optimizer = build(run_dir)
-    histories, users, labels = batch_of(dist.get_rank())
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple, steps: int) -> list[float]:
+    """Train on one batch; the tables learn inside ``backward()``. Gives the loss of each step."""
+    histories, users, labels = batch
     losses = []
-    for _ in range(40):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = binary_cross_entropy_with_logits(model(histories, users), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    return losses
+
+
+def main(run_dir: str) -> None:
+    """Train on every rank's own batch."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model, optimizer = build(run_dir)
+    losses = train(model, optimizer, batch_of(dist.get_rank()), 40)
     sys.stdout.write(f"rank {dist.get_rank()}: loss {losses[0]:.3f} before, {losses[-1]:.3f} after\n")
     dist.destroy_process_group()
 
