@@ -36,6 +36,7 @@ def draw(runs: dict[str, Path]) -> Figure:
         figures.plot(*zip(*valid), label=name, marker="o", markersize=3, linewidth=1.2)
     losses.set(xlabel="step", ylabel="training loss, nats")
     figures.set(xlabel="epoch", ylabel="NDCG@10 (valid)")
+    figures.xaxis.get_major_locator().set_params(integer=True)
     losses.legend(fontsize=8, loc="upper right")
     return figure
 
