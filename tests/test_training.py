@@ -16,7 +16,7 @@ import torch
 from glintru_rec.config import compose
 from glintru_rec.encoders import build_encoder
 from glintru_rec.errors import InputError
-from glintru_rec.training.checkpoint import best_checkpoint, list_checkpoints, read_state
+from glintru_rec.training.checkpoint import RunState, best_checkpoint, list_checkpoints, read_state
 from glintru_rec.training.config import TrainConfig
 from tests.conftest import REPOSITORY, SMALL, environment, run_program
 
@@ -364,6 +364,22 @@ def test_config_errors(overrides, message):
     paths = ["data.path=x", "output=y"] if overrides else []
     with pytest.raises(InputError, match=message.replace("[", r"\[").replace("(", r"\(")):
         compose("train", TrainConfig, [*paths, *overrides])
+
+
+def test_validations_are_noted():
+    """The first one is the best so far even where its figure is negative, an equal one is no better, and 0 is no patience."""
+    state = RunState("model", "vocabulary", "batches")
+    seen = []
+    for state.step, value in ((3, -2.0), (6, -1.0), (9, -1.0), (12, -1.5)):
+        state.note_validation(value)
+        seen.append((state.is_best, state.best_step, state.best_value, state.has_stalled(2), state.has_stalled(0)))
+    assert seen == [
+        (True, 3, -2, False, False),
+        (True, 6, -1, False, False),
+        (False, 6, -1, False, False),
+        (False, 6, -1, True, False),
+    ]
+    assert (state.value, state.validated_step) == (-1.5, 12)
 
 
 def test_bad_encoder_option_names_the_choices(dataset_dir, tmp_path):
