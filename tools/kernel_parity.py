@@ -19,10 +19,19 @@ import triton
 from torch import Tensor
 
 from glintru_rec.jagged import offsets_from_lengths
-from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_normalized, triton_scan, triton_softmax
+from glintru_rec.ops import (
+    triton_attention,
+    triton_conv,
+    triton_gru,
+    triton_normalized,
+    triton_scan,
+    triton_selective_gru,
+    triton_softmax,
+)
 from glintru_rec.ops.conv import conv_reference
 from glintru_rec.ops.diagonal_scan import scan_reference
 from glintru_rec.ops.gru import gru_reference
+from glintru_rec.ops.selective_gru import SelectiveGate, SelectiveGRUWeights, selective_gru_reference
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 EMPTY_ROWS = [0, 3, 0, 37, 1, 0, 70, 2, 0]
@@ -77,6 +86,10 @@ def cases(small: bool) -> Iterator[Case]:
     for d_in, d_out, taps in [(40, 72, 3)] if small else [(128, 128, 3), (65, 200, 4)]:
         yield conv_case(EMPTY_ROWS if small else LARGE, d_in, d_out, taps)
     yield depthwise_case(EMPTY_ROWS if small else LARGE, 40 if small else 200, 4)
+    for lengths, width, taps, rate in (
+        [(EMPTY_ROWS, 24, 3, 0.25), (TWO_TILES, 40, 2, 0.0)] if small else [(LARGE_AND_MANY, 128, 3, 0.25), (LARGE, 96, 4, 0.0)]
+    ):
+        yield selective_gru_case(lengths, width, taps, rate)
     for sampled in (False, True):
         yield softmax_case(70 if small else 700, 300 if small else 5000, 24 if small else 128, sampled)
 
@@ -211,6 +224,46 @@ def depthwise_case(lengths: list[int], width: int, taps: int) -> Case:
         reference,
         lambda *inputs: (triton_conv.forward(*inputs, offsets.to(inputs[0].device)),),
         lambda grads, inputs, _: triton_conv.backward(*grads, *inputs[:2], offsets.to(inputs[0].device)),
+    )
+
+
+def selective_gru_case(lengths: list[int], width: int, taps: int, rate: float) -> Case:
+    """Dense selective GRU from an initial state, numbers of its gate dropped."""
+    offsets, items = offsets_of(lengths), sum(lengths)
+    kept = torch.rand(items, width, generator=GENERATOR) >= rate if rate > 0 else None
+    scale = kept.double() / (1 - rate) if kept is not None else torch.ones(items, width)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return draw(rows, columns) / columns**0.5
+
+    def convolution() -> Tensor:
+        return draw(width, width, taps) / (width * taps) ** 0.5
+
+    names = [*SelectiveGRUWeights._fields, *(f"gate's {name}" for name in SelectiveGate._fields)]
+    layers = (convolution(), draw(width), matrix(3 * width, width), matrix(3 * width, width), matrix(width, width), draw(width))
+    gate = (matrix(width // 2, width), draw(width // 2), matrix(width, width // 2), draw(width))
+    weights = (*layers, convolution(), draw(width), *gate)
+
+    def arguments(inputs: Sequence[Tensor]) -> tuple:
+        u, initial, *weights = inputs
+        device = u.device
+        mask = kept.to(device) if kept is not None else None
+        return u, SelectiveGRUWeights(*weights[:8]), SelectiveGate(*weights[8:]), initial, offsets.to(device), mask, rate
+
+    def reference(u, initial, *weights):
+        named = SelectiveGRUWeights(*weights[:8]), SelectiveGate(*weights[8:])
+        return selective_gru_reference(u, *named, offsets, initial, scale.to(u.dtype))
+
+    def backward(grads, inputs, results):
+        grad_u, grad_weights, grad_gate, grad_initial = triton_selective_gru.backward(*grads, *arguments(inputs), *results[2:])
+        return grad_u, grad_initial, *grad_weights, *grad_gate
+
+    return Case(
+        f"selective gru D={width} k={taps}",
+        {"u": draw(items, width), "initial": draw(len(lengths), width), **dict(zip(names, weights))},
+        reference,
+        lambda *inputs: triton_selective_gru.forward(*arguments(inputs), True),
+        backward,
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from glintru_rec.jagged import last_items
-from glintru_rec.ops.conv import ragged_conv1d
 from glintru_rec.ops.dropout import Dropout
-from glintru_rec.ops.gru import gru_step, ragged_gru
+from glintru_rec.ops.gru import gru_step
 from glintru_rec.ops.linear_attention import continue_attention, linear_attention
+from glintru_rec.ops.selective_gru import SelectiveGate, SelectiveGRUWeights, composed, gated_crossing, selective_gru
 
 # The published code divides a zero row (elu(0) = 0) by its norm, 0. Ours stays 0, with a gradient of at most 1 / MIN_NORM.
 MIN_NORM = 1e-4
@@ -105,12 +105,14 @@ class DenseSelectiveGRU(nn.Module):
 
     def forward(self, e: Tensor, offsets: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
-        return self._run(e, offsets)[0]
+        return selective_gru(
+            self.dense_in(e), self._weights(), self._gate(), offsets, causal=self.causal, rate=self._gate_rate()
+        )[0]
 
     def prefill(self, e: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `forward`, and after each sequence's last item: the last k-1 u, h, and the last k-1 g ⊗ Φ."""
-        y, u, last, gated = self._run(e, offsets)
-        past = self.kernel_size - 1
+        u, past = self.dense_in(e), self.kernel_size - 1
+        y, last, gated = composed(u, self._weights(), self._gate(), offsets, None, self.causal, self._gate_rate())
         return y, last_items(u, offsets, past), last, last_items(gated, offsets, past)
 
     def step(self, e: Tensor, past_u: Tensor, h: Tensor, past_gated: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,24 +120,33 @@ class DenseSelectiveGRU(nn.Module):
         window_u = torch.cat([past_u, self.dense_in(e).unsqueeze(1)], dim=1)
         c = self.conv_in(window_u.transpose(1, 2)).squeeze(2)
         h = gru_step(functional.linear(c, self.weight_ih), self.weight_hh.t(), h)
-        window_gated = torch.cat([past_gated, self._gated(c, h).unsqueeze(1)], dim=1)
+        gated = gated_crossing(c, h, self._weights(), self._gate(), self._gate_rate())
+        window_gated = torch.cat([past_gated, gated.unsqueeze(1)], dim=1)
         return self.conv_out(window_gated.transpose(1, 2)).squeeze(2), window_u[:, 1:], h, window_gated[:, 1:]
 
-    def _run(self, e: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give Y and u ``[T, D]``, the last h ``[B, D]`` and g ⊗ Φ ``[T, D]``."""
+    def _weights(self) -> SelectiveGRUWeights:
         bias_in, bias_out = self.conv_in.bias, self.conv_out.bias
         assert bias_in is not None  # for TorchScript, which reads conv.bias as optional
         assert bias_out is not None
-        u = self.dense_in(e)
-        c = ragged_conv1d(u, self.conv_in.weight, bias_in, offsets, self.causal)
-        h, last = ragged_gru(functional.linear(c, self.weight_ih), self.weight_hh, offsets)
-        gated = self._gated(c, h)
-        return ragged_conv1d(gated, self.conv_out.weight, bias_out, offsets, self.causal), u, last, gated
+        return SelectiveGRUWeights(
+            self.conv_in.weight,
+            bias_in,
+            self.weight_ih,
+            self.weight_hh,
+            self.channel_crossing.weight,
+            self.channel_crossing.bias,
+            self.conv_out.weight,
+            bias_out,
+        )
 
-    def _gated(self, c: Tensor, h: Tensor) -> Tensor:
-        if self.gate_down is not None and self.gate_up is not None and self.gate_dropout is not None:
-            return self.gate_dropout(self.gate_up(functional.silu(self.gate_down(c)))) * self.channel_crossing(h)
-        return self.channel_crossing(h)
+    def _gate(self) -> SelectiveGate | None:
+        down, up = self.gate_down, self.gate_up
+        if down is not None and up is not None:
+            return SelectiveGate(down.weight, down.bias, up.weight, up.bias)
+        return None
+
+    def _gate_rate(self) -> float:
+        return self.gate_dropout.p if self.training and self.gate_dropout is not None else 0.0
 
 
 class GatedMLP(nn.Module):

@@ -43,11 +43,16 @@ def dropout_seed(x: Tensor) -> Tensor:
     return _random_bits(x.detach().flatten()[:0].cpu(), [4]).view(torch.int64)
 
 
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zero elements of ``x`` with probability ``rate`` and scale the others (see `dropout_scale`)."""
+    if torch.jit.is_scripting() or x.is_cuda:
+        return functional.dropout(x, rate)
+    return x * dropout_scale(x, list(x.shape), rate)
+
+
 class Dropout(nn.Dropout):
     """`torch.nn.Dropout`, with a faster mask on the CPU (see `dropout_scale`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero elements of ``x`` at random while training."""
-        if torch.jit.is_scripting() or x.is_cuda or not self.training or self.p == 0:
-            return functional.dropout(x, self.p, self.training)
-        return x * dropout_scale(x, list(x.shape), self.p)
+        return dropout(x, self.p) if self.training and self.p > 0 else x

@@ -48,3 +48,34 @@ def longest_first(offsets: Tensor) -> Tensor:
 def product(a, b, FACTORS: tl.constexpr):
     """Multiply ``[M, K] x [K, N]`` with factors in FACTORS, to about fp32's precision where that is float32."""
     return tl.dot(a.to(FACTORS), b.to(FACTORS), input_precision="tf32x3")
+
+
+@triton.jit
+def within(row, size, columns, WIDTH: tl.constexpr):
+    """Say which numbers of a tile a matrix ``[size, WIDTH]`` has."""
+    return (row < size)[:, None] & (columns < WIDTH)[None, :]
+
+
+@triton.jit
+def load_rows(pointer, row, columns, mask, STRIDE: tl.constexpr):
+    """Read rows of STRIDE numbers in fp32, zeros where the mask is not set."""
+    return tl.load(pointer + row.to(tl.int64)[:, None] * STRIDE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(pointer, row, columns, x, mask, STRIDE: tl.constexpr):
+    """Write rows of STRIDE numbers where the mask is set."""
+    tl.store(pointer + row.to(tl.int64)[:, None] * STRIDE + columns[None, :], x, mask=mask)
+
+
+@triton.jit
+def load_matrix(pointer, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Read a part of a matrix ``[HEIGHT, WIDTH]``, zeros outside; the two index arrays broadcast to the tile."""
+    inside = (rows < HEIGHT) & (columns < WIDTH)
+    return tl.load(pointer + rows * WIDTH + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_bias(pointer, columns, WIDTH: tl.constexpr):
+    """Read a vector ``[WIDTH]`` as a row in fp32, zeros past its end."""
+    return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
