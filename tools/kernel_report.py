@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_selective_gru, triton_softmax
+from glintru_rec.ops.selective_gru import SelectiveGate, SelectiveGRUWeights
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 << 10  # of a program, on sm_90
@@ -120,6 +121,15 @@ def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[]
         triton_conv.forward(x, weight, bias, offsets)
         triton_conv.backward(x, x, weight, offsets)
 
+    def selective_gru(width):
+        row, half, matrix, three = empty(width), empty(width // 2), empty(width, width), empty(3 * width, width)
+        convolution, u, initial = empty(width, width, 3), empty(items, width), empty(2, width)
+        weights = SelectiveGRUWeights(convolution, row, three, three, matrix, row, convolution, row)
+        gate = SelectiveGate(empty(width // 2, width), half, empty(width, width // 2), row)
+        inputs = (u, weights, gate, initial, offsets, torch.empty(items, width, dtype=torch.bool), 0.1)
+        _, _, *saved = triton_selective_gru.forward(*inputs, True)
+        triton_selective_gru.backward(u, initial, *inputs, *saved)
+
     def softmax(width, sampled):
         query, catalog, log_sum = empty(items, width), empty(1000, width), torch.empty(items)
         ids = (torch.empty(1000), torch.zeros(items, dtype=torch.int64), torch.zeros(1000, dtype=torch.int64))
@@ -130,6 +140,7 @@ def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[]
     wide = dtype == torch.bfloat16
     for width in (128,) if quick else (32, 64, 128, 256) if wide else (32, 64, 128):
         yield f"D={width}", partial(gru, width)
+        yield f"D={width}", partial(selective_gru, width)
     yield "S=128", partial(scan, 128)
     heads_and_widths = ((4, 32),) if quick else ((4, 16), (4, 32), (2, 64), (1, 128))[: 4 if wide else 3]
     for heads, width in heads_and_widths:

@@ -109,8 +109,8 @@ def selective_gru(
         return out, last
     if implementation == "triton" and (gate is None or not causal):
         raise InputError("selective_gru: implementation is 'triton', whose kernels are causal and have a gate")
-    fusible = gate is not None and causal
-    if gate is None or triton_kernels("selective_gru", implementation if fusible else "torch", u) is None:
+    width = weights.recurrent.size(1)
+    if gate is None or not (causal and _kernels_run(implementation, u.device, u.dtype, width)):
         out, last, _ = composed(u, weights, gate, offsets, initial, causal, rate, implementation)
         return out, last
     if initial is None:
@@ -147,7 +147,9 @@ def gated_crossing(c: Tensor, h: Tensor, weights: SelectiveGRUWeights, gate: Sel
     return (dropout(g, rate) if rate > 0 else g) * phi
 
 
-# What follows runs the kernels; there is no torch code in it.
+@torch.compiler.assume_constant_result  # a compiler must not look into how modules are found
+def _kernels_run(implementation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return triton_kernels("selective_gru", implementation, torch.empty(0, width, device=device, dtype=dtype)) is not None
 
 
 def _kernels(u: Tensor) -> ModuleType:

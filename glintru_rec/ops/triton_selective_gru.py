@@ -34,8 +34,6 @@ from glintru_rec.ops.triton_common import (
 )
 from glintru_rec.ops.triton_conv import convolved, dense_input_gradient, dense_weight_gradient, items_after, shifted
 
-SLICE = 32  # columns of a tile that meet their weights at one time
-
 
 def takes(u: Tensor) -> bool:
     """Whether the kernels take inputs ``[T, D]`` of such dtype and width."""
@@ -157,16 +155,16 @@ def backward(
 
 
 def _shape(u: Tensor, weights: SelectiveGRUWeights, gate: SelectiveGate) -> tuple[tuple[int], dict]:
-    """Choose the grid and the tiles: half as many items where a row of sums takes twice the registers."""
-    columns = block(u.size(1))
-    items = 32 if u.dtype == torch.float32 or columns > 128 else 64
+    """Choose the grid and the tiles: smaller ones in fp32 and for wide rows, so that nothing spills."""
+    columns, wide = block(u.size(1)), u.dtype == torch.float32
+    items = 32 if wide or columns > 128 else 64
     return (triton.cdiv(u.size(0), items),), {
         "TAPS": weights.conv_in.size(2),
         "WIDTH": u.size(1),
         "INNER": gate.down.size(0),
         "ITEMS": items,
         "COLUMNS": columns,
-        "SLICE": SLICE,
+        "SLICE": 16 if wide else 32,  # columns of a tile that meet their weights at one time
         "FACTORS": factors(u.dtype),
         "num_warps": 8 if columns > 64 else 4,
         "num_stages": 1,
