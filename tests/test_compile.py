@@ -24,18 +24,12 @@ def offsets_of(lengths):
     return offsets_from_lengths(torch.tensor(lengths, dtype=torch.int64))
 
 
-def draw(*shape):
-    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+def operator_inputs(lengths, dtype=torch.float64):
+    """Arguments of every registered operator with a gradient and torch code, by its name."""
 
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
 
-def negatives(items):
-    """Scores against five negatives, of which every third target is one."""
-    ids = torch.arange(items) % 3, torch.tensor([0, 7, 7, 8, 9])
-    return draw(items, 4), draw(5, 4), torch.rand(5, dtype=torch.float64), *ids, True, "auto"
-
-
-def operator_inputs(lengths):
-    """Arguments of every registered operator with a gradient, by its name."""
     torch.manual_seed(0)
     items, sequences, offsets = sum(lengths), len(lengths), offsets_of(lengths)
     q, k, v, state = draw(items, 2, 3), draw(items, 2, 3), draw(items, 2, 5), draw(sequences, 2, 3, 5)
@@ -46,7 +40,11 @@ def operator_inputs(lengths):
         "gru_forward": (draw(items, 12), draw(12, 4), draw(sequences, 4), offsets, True, "auto"),
         "scan_forward": (draw(items, 2, 3), draw(2, 3), draw(sequences, 2, 3), offsets, "auto"),
         "attention_forward": (q, k, v, state, offsets, True, 4, "auto"),
-        "negatives_forward": negatives(items),
+        # Scores against five negatives, of which every third target is one.
+        "negatives_forward": (
+            *(draw(items, 4), draw(5, 4), torch.rand(5, dtype=dtype)),
+            *(torch.arange(items) % 3, torch.tensor([0, 7, 7, 8, 9]), True, "auto"),
+        ),
         "rotate": (draw(items, 2, 6), torch.rand(items, 3), torch.rand(items, 3)),
         "softmax_attention": (draw(items, 12), offsets, seed, 2, 5, 0.3),
     }
@@ -60,11 +58,13 @@ def operator_inputs(lengths):
     return inputs
 
 
-@pytest.mark.parametrize("lengths", BATCHES)
-def test_operators_are_registered_right(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "dtype"), [*((lengths, torch.float64) for lengths in BATCHES), (BATCHES[0], torch.bfloat16)]
+)
+def test_operators_are_registered_right(lengths, dtype):
     """Schema, fake results against real ones, autograd registration."""
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for name, arguments in operator_inputs(lengths).items():
+    for name, arguments in operator_inputs(lengths, dtype).items():
         torch.library.opcheck(getattr(torch.ops.glintru_rec, name.split(",")[0]).default, arguments, test_utils=checks)
     torch.library.opcheck(torch.ops.glintru_rec.random_bits.default, (torch.empty(0), [3, 5]), test_utils=checks[:2])
 
@@ -110,7 +110,7 @@ def test_rotate_equals_real_arithmetic(dtype):
 
 @pytest.mark.parametrize("lengths", [*BATCHES, [9, 40, 8]])
 def test_softmax_attention_equals_truth(lengths):
-    (qkv,), offsets = [draw(sum(lengths), 12)], offsets_of(lengths)
+    qkv, offsets = torch.randn(sum(lengths), 12, dtype=torch.float64, requires_grad=True), offsets_of(lengths)
     found, expected = softmax_attention(qkv, offsets, 2, 9), softmax_reference(qkv, offsets, 2, 9)
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(expected)

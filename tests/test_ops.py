@@ -6,10 +6,14 @@ from torch.testing import assert_close
 
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
+from glintru_rec.losses import sampled_softmax
 from glintru_rec.ops.conv import conv_reference, ragged_conv1d
+from glintru_rec.ops.diagonal_scan import diagonal_scan, scan_reference
 from glintru_rec.ops.gru import gru_reference, ragged_gru
 from glintru_rec.ops.linear_attention import attention_reference, continue_attention, linear_attention
+from glintru_rec.ops.normalized_attention import normalized_attention, normalized_attention_reference
 from glintru_rec.ops.rows import gather_rows, scatter_rows
+from glintru_rec.ops.softmax_attention import softmax_attention, softmax_reference
 from glintru_rec.ops.time_major import time_major
 
 SIZES = [0, 1, 2, 63, 64, 65, 200]
@@ -371,3 +375,118 @@ def test_a_row_of_100_000_items_stays_finite():
         assert_close(out[-1].double(), final, rtol=0, atol=1e-5 * len(q) ** 0.5)
         x, kernel, bias = [x.float() for x in conv_inputs(lengths, 4, 3)]
         assert bool(ragged_conv1d(x, kernel, bias, offsets_of(lengths), True).isfinite().all())
+
+
+def long_row(width):
+    torch.manual_seed(0)
+    return torch.randn(100_000, width, requires_grad=True), offsets_of([100_000])
+
+
+def gradient_is_finite(out, x):
+    return bool(torch.autograd.grad(out.square().sum(), x)[0].isfinite().all())
+
+
+def test_the_scan_over_100_000_items():
+    """|λ| from .9 to .999: the last state is a sum over thousands of items."""
+    x, offsets = long_row(8)
+    decay = torch.polar(torch.linspace(0.9, 0.999, 4, dtype=torch.float64), torch.linspace(0, 3, 4, dtype=torch.float64))
+    states, last = diagonal_scan(x.view(-1, 2, 4), torch.stack([decay.real, decay.imag]).float(), offsets)
+    powers = decay ** torch.arange(len(x) - 1, -1, -1).unsqueeze(1)
+    truth = (powers * torch.complex(*x.detach().double().view(-1, 2, 4).unbind(1))).sum(0)
+    assert_close(torch.complex(*last[0].double()), truth, rtol=0, atol=1e-4 * truth.abs().max().item())
+    assert gradient_is_finite(states, x)
+
+
+def test_normalized_attention_over_100_000_items():
+    x, offsets = long_row(8)
+    q, k, v = x.exp().view(-1, 2, 4), (-x).exp().view(-1, 2, 4), x.view(-1, 2, 4)
+    out = normalized_attention(q, k, q, k, v, offsets, True, 1e-6)
+    weights = torch.einsum("hi,mhi->mh", q[-1].double(), k.double())
+    truth = torch.einsum("mh,mhj->hj", weights, v.double()) / weights.sum(0).unsqueeze(1)
+    assert_close(out[-1].double(), truth, rtol=0, atol=1e-4 * truth.abs().max().item())
+    assert gradient_is_finite(out, x)
+
+
+def test_a_depthwise_convolution_and_softmax_attention_over_100_000_items():
+    x, offsets = long_row(12)
+    tail = x.detach()[-50:].double()
+    weight, bias = draw(12, 1, 4), draw(12)
+    out = ragged_conv1d(x, weight.float(), bias.float(), offsets, True)
+    assert_close(out[-1].double(), conv_reference(tail, weight, bias, offsets_of([50]), True)[-1], rtol=1e-5, atol=1e-5)
+    assert gradient_is_finite(out, x)
+    out = softmax_attention(x, offsets, 2, 50)  # in windows of 50 items
+    assert_close(out[-50:].double(), softmax_reference(tail, offsets_of([50]), 2, 50), rtol=1e-5, atol=1e-5)
+    assert gradient_is_finite(out, x)
+
+
+def bf16_cases():
+    """Each op beside its naive code, and inputs."""
+    torch.manual_seed(0)
+    lengths = [0, 2, 0, 65, 1, 40, 0]
+    offsets, items, sequences = offsets_of(lengths), sum(lengths), len(lengths)
+    q, k, v, q_rotary, k_rotary = (draw(items, 4, 8) for _ in range(5))
+    decay = torch.polar(torch.linspace(0.8, 0.99, 8, dtype=torch.float64), torch.linspace(0, 6, 8, dtype=torch.float64))
+    scan_inputs = [draw(items, 2, 8), torch.stack([decay.real, decay.imag]), draw(sequences, 2, 8)]
+    ids = torch.arange(items) % 5, torch.arange(30) % 20
+
+    def sums(op):
+        return lambda x, weight, initial: op(x, weight, offsets, initial)
+
+    def sampled(query, positive, negatives):
+        log_q = torch.linspace(-2, 1, 30)
+        return sampled_softmax(query, positive, negatives, *ids, log_q, 0.5).to(query.dtype)
+
+    def sampled_reference(query, positive, negatives):
+        scores = query @ negatives.t() / 0.5 - torch.linspace(-2, 1, 30, dtype=query.dtype)
+        scores = scores.masked_fill(ids[0].unsqueeze(1) == ids[1], -torch.inf)
+        positive_score = (query * positive).sum(1, keepdim=True) / 0.5
+        return torch.cat([positive_score, scores], 1).exp().sum(1).log() - positive_score.squeeze(1)
+
+    cases = {
+        "gru": (sums(ragged_gru), sums(gru_reference), gru_inputs(lengths, 32)),
+        "scan": (sums(diagonal_scan), sums(scan_reference), scan_inputs),
+        "continued attention": (
+            lambda q, k, v, initial: continue_attention(q, k, v, offsets, initial),
+            lambda q, k, v, initial: continue_reference(q, k, v, offsets, initial),
+            [q, k, v, draw(sequences, 4, 8, 8)],
+        ),
+        "softmax attention": (
+            lambda x: softmax_attention(x, offsets, 4, 50),
+            lambda x: softmax_reference(x, offsets, 4, 50),
+            [draw(items, 96)],
+        ),
+        "sampled softmax": (sampled, sampled_reference, [draw(items, 8), draw(items, 8), draw(30, 8)]),
+    }
+    for causal in (True, False):
+        reach = "causal" if causal else "bidirectional"
+        x, weight, bias = conv_inputs(lengths, 32, 3)
+        for name, kernel in (("conv", weight), ("depthwise conv", weight[:, :1].contiguous())):
+            cases[f"{name}, {reach}"] = (
+                lambda x, w, b, causal=causal: ragged_conv1d(x, w, b, offsets, causal),
+                lambda x, w, b, causal=causal: conv_reference(x, w, b, offsets, causal),
+                [x, kernel, bias],
+            )
+        cases[f"attention, {reach}"] = (
+            lambda q, k, v, causal=causal: linear_attention(q, k, v, offsets, causal),
+            lambda q, k, v, causal=causal: attention_reference(q, k, v, offsets, causal),
+            [q, k, v],
+        )
+        cases[f"normalized attention, {reach}"] = (
+            lambda *x, causal=causal: normalized_attention(*x, offsets, causal, 1e-3),
+            lambda *x, causal=causal: normalized_attention_reference(*x, offsets, causal, 1e-3),
+            [q.abs() + 0.1, k.abs() + 0.1, q_rotary, k_rotary, v],
+        )
+    return cases
+
+
+@pytest.mark.parametrize("name", bf16_cases())
+def test_bf16_is_about_as_near_the_truth_as_naive_code(name):
+    """At most 2x (results) and 5x (gradients) as far as naive code in bf16, and a rounding."""
+    fast, reference, inputs = bf16_cases()[name]
+    inputs = [x.bfloat16().double() for x in inputs]
+    truth = run(reference, inputs, torch.float64)
+    found, naive = run(fast, inputs, torch.bfloat16), run(reference, inputs, torch.bfloat16)
+    for part, factor in ((0, 2), (1, 5)):
+        for y, y_naive, y_truth in zip(found[part], naive[part], truth[part], strict=True):
+            assert y.dtype == torch.bfloat16
+            assert error(y, y_truth) <= factor * error(y_naive, y_truth) + 2.0**-8
