@@ -38,6 +38,7 @@ def parity() -> subprocess.CompletedProcess[str]:
         ("normalized", 2, 3 + 7),
         ("conv", 1, 1 + 3),
         ("depthwise conv", 1, 1 + 3),
+        ("selective gru", 2, 2 + 14),
         ("softmax", 2, 1 + 2),
     ],
 )
@@ -86,12 +87,13 @@ def test_kernels_compile_for_sm_90():
     assert names == {
         *("gru_forward", "gru_backward", "scan_forward", "scan_backward", "attention_forward", "attention_backward"),
         *("conv_dense", "conv_dense_weight", "conv_depthwise", "conv_depthwise_weight"),
+        *("selective_gru_before", "selective_gru_after", "selective_gru_after_backward", "selective_gru_before_backward"),
         *("softmax_forward", "softmax_backward_query", "softmax_backward_items"),
     }
 
 
 def test_kernels_refuse_what_they_do_not_take():
-    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_selective_gru, triton_softmax
 
     offsets = torch.tensor([0, 3])
 
@@ -119,11 +121,27 @@ def test_kernels_refuse_what_they_do_not_take():
         triton_softmax.forward(torch.zeros(2, 129), torch.zeros(5, 129))
     with pytest.raises(InputError, match="ragged_conv1d"):
         triton_conv.forward(torch.zeros(3, 4).double(), torch.zeros(6, 4, 2), torch.zeros(6), offsets)
+    u = torch.zeros(3, 129)
+    assert triton_selective_gru.takes(u.bfloat16())
+    assert not triton_selective_gru.takes(u)
+    with pytest.raises(InputError, match="selective_gru take"):
+        triton_selective_gru.forward(u, *selective_gru_weights(129), u[:1], offsets, None, 0.0, True)
+
+
+def selective_gru_weights(width):
+    from glintru_rec.ops.selective_gru import SelectiveGate, SelectiveGRUWeights
+
+    row, three, convolution = torch.zeros(width), torch.ones(3 * width, width), torch.ones(width, width, 3)
+    half = width // 2
+    return (
+        SelectiveGRUWeights(convolution, row, three, three, torch.ones(width, width), row, convolution, row),
+        SelectiveGate(torch.ones(half, width), torch.zeros(half), torch.ones(width, half), row),
+    )
 
 
 def test_empty_batches_start_no_kernel():
     """No GPU is needed for nothing: gradients of weights are zero, states come back."""
-    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+    from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_selective_gru, triton_softmax
 
     none = torch.zeros(1, dtype=torch.int64)
     weight = torch.randn(12, 4)
@@ -143,21 +161,30 @@ def test_empty_batches_start_no_kernel():
     assert not grad_kernel.any()
     assert not grad_bias.any()
     assert triton_softmax.forward(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+    u, inputs = torch.zeros(0, 4), (*selective_gru_weights(4), torch.zeros(0, 4), none, None, 0.0)
+    out, last, *saved = triton_selective_gru.forward(u, *inputs, True)
+    assert (out.shape, last.shape) == ((0, 4), (0, 4))
+    grad_u, grad_weights, grad_gate, grad_initial = triton_selective_gru.backward(out, last, u, *inputs, *saved)
+    assert (grad_u.shape, grad_initial.shape) == ((0, 4), (0, 4))
+    for found, weights in zip((grad_weights, grad_gate), inputs):
+        assert [x.shape for x in found] == [x.shape for x in weights]
+        assert not any(x.any() for x in found)
 
 
 DISPATCHED = """
 import torch
 from glintru_rec.losses import full_softmax, sampled_softmax
-from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax
+from glintru_rec.ops import triton_attention, triton_conv, triton_gru, triton_scan, triton_selective_gru, triton_softmax
 from glintru_rec.ops.conv import ragged_conv1d
 from glintru_rec.ops.diagonal_scan import diagonal_scan
 from glintru_rec.ops.gru import ragged_gru
 from glintru_rec.ops.linear_attention import continue_attention, linear_attention
 from glintru_rec.ops.normalized_attention import normalized_attention
+from glintru_rec.ops.selective_gru import SelectiveGate, SelectiveGRUWeights, selective_gru
 
 triton_scan.STEPS = triton_scan.FEATURES = 8
 launched = []
-for kernels in (triton_attention, triton_conv, triton_gru, triton_scan, triton_softmax):
+for kernels in (triton_attention, triton_conv, triton_gru, triton_scan, triton_selective_gru, triton_softmax):
     for name in ("forward", "backward"):
         def counted(*arguments, function=getattr(kernels, name), name=name):
             launched.append(name)
@@ -172,6 +199,12 @@ ops = [
 ]
 for channels in (8, 1):
     ops.append((lambda *x, **how: ragged_conv1d(*x, offsets, True, **how), draw(40, 8), draw(8, channels, 3), draw(8)))
+layers = draw(8, 8, 3) / 5, draw(8), draw(24, 8) / 3, draw(24, 8) / 3, draw(8, 8) / 3, draw(8), draw(8, 8, 3) / 5, draw(8)
+gate = draw(4, 8) / 3, draw(4), draw(8, 4) / 2, draw(8)
+ops.append((
+    lambda u, h, *x, **how: selective_gru(u, SelectiveGRUWeights(*x[:8]), SelectiveGate(*x[8:]), offsets, h, **how),
+    *(draw(40, 8), draw(3, 8), *layers, *gate),
+))
 ids = torch.tensor([0, 1, 2, 3, 4, 5, 6]), torch.tensor([2, 2, 9, *range(10, 60)])
 
 
@@ -200,10 +233,55 @@ for op, *inputs in ops:
 """
 
 
-def test_operators_run_their_kernels():
-    """``triton`` runs them, forward and backward, in the registered operators; ``auto`` and ``torch`` do not on a CPU."""
+COMPILED = """
+import functools
+import torch
+from torch._dynamo.utils import counters
+from glintru_rec import GlintRU
+from glintru_rec.encoders import glint_ru_block
+from glintru_rec.ops.selective_gru import selective_gru
+
+torch.manual_seed(0)
+expert = GlintRU(8, num_heads=2, dropout=0.0).blocks[0].gru
+
+
+def run(function, lengths):
+    torch.manual_seed(sum(lengths))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    x = torch.randn(int(offsets[-1]), 8, requires_grad=True)
+    y = function(x, offsets)
+    return y, *torch.autograd.grad(y.square().sum(), [x, *expert.parameters()])
+
+
+composed = run(expert, [5, 0, 9])
+glint_ru_block.selective_gru = functools.partial(selective_gru, implementation="triton")
+torch.testing.assert_close(run(expert, [5, 0, 9]), composed, rtol=1e-4, atol=1e-5)
+
+expert.gate_dropout.p = 0.3
+compiled = torch.compile(expert, fullgraph=True, dynamic=True, backend="aot_eager")
+for lengths in ([5, 0, 9], [7, 2, 20, 4]):
+    torch.testing.assert_close(run(compiled, lengths), run(expert, lengths), rtol=1e-4, atol=1e-5)
+assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
+
+offsets = torch.tensor([0, 3, 3, 7])
+checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+for dtype, kept in ((torch.float32, None), (torch.bfloat16, torch.rand(7, 8) > 0.3)):
+    weights = [x.detach().to(dtype).requires_grad_() for x in (*expert._weights(), *expert._gate())]
+    u, initial = torch.randn(7, 8, dtype=dtype, requires_grad=True), torch.randn(3, 8, dtype=dtype, requires_grad=True)
+    arguments = (u, weights, initial, offsets, kept, 0.3, True)
+    torch.library.opcheck(torch.ops.glintru_rec.selective_gru_forward.default, arguments, test_utils=checks)
+"""
+
+
+@pytest.mark.parametrize("script", [DISPATCHED, COMPILED], ids=["dispatched", "compiled"])
+def test_operators_run_their_kernels(script):
+    """Forward and backward, in the registered operators.
+
+    ``triton`` runs kernels, ``auto`` and ``torch`` do not on a CPU. The kernels of the selective GRU also in the encoder's
+    expert, compiled whole, and under the checks of torch.library.
+    """
     env = {**environment(), "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-c", DISPATCHED]
+    command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]

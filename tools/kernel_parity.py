@@ -87,7 +87,9 @@ def cases(small: bool) -> Iterator[Case]:
         yield conv_case(EMPTY_ROWS if small else LARGE, d_in, d_out, taps)
     yield depthwise_case(EMPTY_ROWS if small else LARGE, 40 if small else 200, 4)
     for lengths, width, taps, rate in (
-        [(EMPTY_ROWS, 24, 3, 0.25), (TWO_TILES, 40, 2, 0.0)] if small else [(LARGE_AND_MANY, 128, 3, 0.25), (LARGE, 96, 4, 0.0)]
+        [([0, 3, 0, 40, 1, 0], 24, 3, 0.25), (TWO_TILES, 40, 2, 0.0)]
+        if small
+        else [(LARGE_AND_MANY, 128, 3, 0.25), (LARGE, 96, 4, 0.0)]
     ):
         yield selective_gru_case(lengths, width, taps, rate)
     for sampled in (False, True):

@@ -131,7 +131,8 @@ def _depthwise_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, posi
 def shifted(x, item, num_items, room, back, channels, DIRECTION: tl.constexpr, WIDTH: tl.constexpr):
     """Read the items ``back`` steps before (or after) some items in fp32, zeros where the sequence has none there."""
     there = (item < num_items) & (tl.load(room + item, mask=item < num_items, other=-1) >= back)
-    return load_rows(x, item + DIRECTION * back, channels, there[:, None] & (channels < WIDTH)[None, :], WIDTH)
+    row = item.to(tl.int64) + DIRECTION * back
+    return load_rows(x, row, channels, there[:, None] & (channels < WIDTH)[None, :], WIDTH)
 
 
 @triton.jit
