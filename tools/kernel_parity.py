@@ -86,14 +86,14 @@ def cases(small: bool) -> Iterator[Case]:
     for d_in, d_out, taps in [(40, 72, 3)] if small else [(128, 128, 3), (65, 200, 4)]:
         yield conv_case(EMPTY_ROWS if small else LARGE, d_in, d_out, taps)
     yield depthwise_case(EMPTY_ROWS if small else LARGE, 40 if small else 200, 4)
+    for sampled in (False, True):
+        yield softmax_case(70 if small else 700, 300 if small else 5000, 24 if small else 128, sampled)
     for lengths, width, taps, rate in (
         [([0, 3, 0, 40, 1, 0], 24, 3, 0.25), (TWO_TILES, 40, 2, 0.0)]
         if small
         else [(LARGE_AND_MANY, 128, 3, 0.25), (LARGE, 96, 4, 0.0)]
     ):
         yield selective_gru_case(lengths, width, taps, rate)
-    for sampled in (False, True):
-        yield softmax_case(70 if small else 700, 300 if small else 5000, 24 if small else 128, sampled)
 
 
 def gru_case(lengths: list[int], width: int) -> Case:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glintru_rec.ops.triton_common import block, factors, fits, product, refuse
+from glintru_rec.ops.triton_common import block, ends, factors, fits, load_rows, product, refuse, store_rows, within
 
 WIDEST = 128
 
@@ -93,14 +93,22 @@ def _shape(q: Tensor, v: Tensor, causal: bool) -> dict:
 @triton.jit
 def _load(pointer, row, head, features, end, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Read one head of some items in fp32, zeros past the sequence's end and the head's width."""
-    mask = (row < end)[:, None] & (features < WIDTH)[None, :]
-    return tl.load(pointer + (row * HEADS + head)[:, None] * WIDTH + features[None, :], mask=mask, other=0.0).to(tl.float32)
+    return load_rows(pointer + head * WIDTH, row, features, within(row, end, features, WIDTH), HEADS * WIDTH)
 
 
 @triton.jit
 def _store(pointer, row, head, features, end, x, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    mask = (row < end)[:, None] & (features < WIDTH)[None, :]
-    tl.store(pointer + (row * HEADS + head)[:, None] * WIDTH + features[None, :], x, mask=mask)
+    store_rows(pointer + head * WIDTH, row, features, x, within(row, end, features, WIDTH), HEADS * WIDTH)
+
+
+@triton.jit
+def _place(offsets, HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+    """Give the program's head, the ends of its sequence, its features, and where its sum is kept."""
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end = ends(offsets, sequence)
+    d, e = tl.arange(0, KEYS), tl.arange(0, VALUES)
+    at = (sequence * HEADS + head) * D * E + d[:, None] * E + e[None, :]
+    return head, start, end, d, e, at, within(d, D, e, E)
 
 
 @triton.jit
@@ -121,11 +129,8 @@ def _forward(
     CAUSAL: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
-    items, d, e = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.arange(0, VALUES)
-    inside = (d < D)[:, None] & (e < E)[None, :]
-    at = (sequence * HEADS + head) * D * E + d[:, None] * E + e[None, :]
+    head, start, end, d, e, at, inside = _place(offsets, HEADS, D, E, KEYS, VALUES)
+    items = tl.arange(0, CHUNK)
     sums = tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
     if not CAUSAL:
         for first in range(start, end, CHUNK):
@@ -168,11 +173,8 @@ def _backward(
     CAUSAL: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
-    items, d, e = tl.arange(0, CHUNK), tl.arange(0, KEYS), tl.arange(0, VALUES)
-    inside = (d < D)[:, None] & (e < E)[None, :]
-    at = (sequence * HEADS + head) * D * E + d[:, None] * E + e[None, :]
+    head, start, end, d, e, at, inside = _place(offsets, HEADS, D, E, KEYS, VALUES)
+    items = tl.arange(0, CHUNK)
     causal = items[:, None] >= items[None, :]
     sums = tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
     later = tl.load(grad_last + at, mask=inside, other=0.0).to(tl.float32)

@@ -51,6 +51,12 @@ def product(a, b, FACTORS: tl.constexpr):
 
 
 @triton.jit
+def ends(offsets, sequence):
+    """Give a sequence's first row, and the one past its last."""
+    return tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+
+
+@triton.jit
 def within(row, size, columns, WIDTH: tl.constexpr):
     """Say which numbers of a tile a matrix ``[size, WIDTH]`` has."""
     return (row < size)[:, None] & (columns < WIDTH)[None, :]

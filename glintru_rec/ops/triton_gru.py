@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from glintru_rec.jagged import positions, sequence_index
-from glintru_rec.ops.triton_common import block, factors, fits, longest_first, product, refuse
+from glintru_rec.ops.triton_common import (
+    block,
+    factors,
+    fits,
+    load_matrix,
+    load_rows,
+    longest_first,
+    product,
+    refuse,
+    store_rows,
+)
 
 SEQUENCES = 16  # of a tile: the fewest rows of a tensor core's product
 SLICE = 16  # columns of the state that meet their weights at one time, where these are streamed
@@ -112,27 +122,22 @@ def _tanh(x):
 
 
 @triton.jit
-def _tile(offsets, ranking, num_sequences, SEQUENCES: tl.constexpr):
-    """Give the program's sequences, where each starts, and its length (0 where there is none)."""
+def _tile(offsets, ranking, num_sequences, WIDTH: tl.constexpr, SEQUENCES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Give the program's sequences, where each starts, its length (0 where there is none), and the columns of a state."""
     place = tl.program_id(0) * SEQUENCES + tl.arange(0, SEQUENCES)
     exists = place < num_sequences
     sequence = tl.load(ranking + place, mask=exists, other=0)
     start = tl.load(offsets + sequence, mask=exists, other=0)
     end = tl.load(offsets + sequence + 1, mask=exists, other=0)
-    return place, exists, sequence, start, end - start
-
-
-@triton.jit
-def _load(pointer, row, columns, mask, STRIDE: tl.constexpr):
-    """Read rows in fp32, zeros where the mask is not set."""
-    return tl.load(pointer + row[:, None] * STRIDE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    columns = tl.arange(0, COLUMNS)
+    inside = (columns < WIDTH)[None, :]
+    return place, sequence, start, end - start, columns, inside, exists[:, None] & inside
 
 
 @triton.jit
 def _weights(weight, gate: tl.constexpr, rows, columns, WIDTH: tl.constexpr):
     """Read one gate's weights at given outputs (rows) and inputs (columns); the two index arrays broadcast to the tile."""
-    inside = (rows < WIDTH) & (columns < WIDTH)
-    return tl.load(weight + (gate * WIDTH + rows) * WIDTH + columns, mask=inside, other=0.0)
+    return load_matrix(weight + gate * WIDTH * WIDTH, rows, columns, WIDTH, WIDTH)
 
 
 @triton.jit
@@ -155,11 +160,9 @@ def _forward(
     RESIDENT: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    place, exists, sequence, start, length = _tile(offsets, ranking, num_sequences, SEQUENCES)
-    columns = tl.arange(0, COLUMNS)
-    inside = (columns < WIDTH)[None, :]
-    mask = exists[:, None] & inside
-    h = _load(initial, sequence, columns, mask, WIDTH)
+    tile = _tile(offsets, ranking, num_sequences, WIDTH, SEQUENCES, COLUMNS)
+    place, sequence, start, length, columns, inside, mask = tile
+    h = load_rows(initial, sequence, columns, mask, WIDTH)
     if RESIDENT:
         w_r = _weights(weight, 0, columns[None, :], columns[:, None], WIDTH).to(FACTORS)
         w_z = _weights(weight, 1, columns[None, :], columns[:, None], WIDTH).to(FACTORS)
@@ -169,15 +172,15 @@ def _forward(
         tl.store(own + columns[None, :], h, mask=inside)
         tl.debug_barrier()
     alive = (length > 0)[:, None] & inside
-    g_r = _load(gates, start, columns, alive, 3 * WIDTH)
-    g_z = _load(gates + WIDTH, start, columns, alive, 3 * WIDTH)
-    g_n = _load(gates + 2 * WIDTH, start, columns, alive, 3 * WIDTH)
+    g_r = load_rows(gates, start, columns, alive, 3 * WIDTH)
+    g_z = load_rows(gates + WIDTH, start, columns, alive, 3 * WIDTH)
+    g_n = load_rows(gates + 2 * WIDTH, start, columns, alive, 3 * WIDTH)
     for t in range(tl.max(length, 0)):
         # The next step's gates travel while this step computes.
         next_alive = (t + 1 < length)[:, None] & inside
-        next_r = _load(gates, start + t + 1, columns, next_alive, 3 * WIDTH)
-        next_z = _load(gates + WIDTH, start + t + 1, columns, next_alive, 3 * WIDTH)
-        next_n = _load(gates + 2 * WIDTH, start + t + 1, columns, next_alive, 3 * WIDTH)
+        next_r = load_rows(gates, start + t + 1, columns, next_alive, 3 * WIDTH)
+        next_z = load_rows(gates + WIDTH, start + t + 1, columns, next_alive, 3 * WIDTH)
+        next_n = load_rows(gates + 2 * WIDTH, start + t + 1, columns, next_alive, 3 * WIDTH)
         if RESIDENT:
             p_r, p_z, p_n = product(h, w_r, FACTORS), product(h, w_z, FACTORS), product(h, w_n, FACTORS)
         else:
@@ -193,29 +196,28 @@ def _forward(
         r, z = tl.sigmoid(g_r + p_r), tl.sigmoid(g_z + p_z)
         new = _tanh(g_n + r * p_n)
         h = tl.where(alive, new + z * (h - new), h)
-        tl.store(hidden + (start + t)[:, None] * WIDTH + columns[None, :], h, mask=alive)
+        store_rows(hidden, start + t, columns, h, alive, WIDTH)
         if SAVE:
-            kept = saved + (start + t)[:, None] * (4 * WIDTH) + columns[None, :]
-            tl.store(kept, r, mask=alive)
-            tl.store(kept + WIDTH, z, mask=alive)
-            tl.store(kept + 2 * WIDTH, new, mask=alive)
-            tl.store(kept + 3 * WIDTH, p_n, mask=alive)
+            store_rows(saved, start + t, columns, r, alive, 4 * WIDTH)
+            store_rows(saved + WIDTH, start + t, columns, z, alive, 4 * WIDTH)
+            store_rows(saved + 2 * WIDTH, start + t, columns, new, alive, 4 * WIDTH)
+            store_rows(saved + 3 * WIDTH, start + t, columns, p_n, alive, 4 * WIDTH)
         if not RESIDENT:
             tl.store(own + columns[None, :], h, mask=inside)
             tl.debug_barrier()
         g_r, g_z, g_n, alive = next_r, next_z, next_n, next_alive
-    tl.store(last + sequence[:, None] * WIDTH + columns[None, :], h, mask=mask)
+    store_rows(last, sequence, columns, h, mask, WIDTH)
 
 
 @triton.jit
 def _slopes(saved, previous, grad_hidden, row, columns, alive, WIDTH: tl.constexpr):
     """Give a step's own gradient, z, r, and the slopes of h_t in the arguments of σ, σ and tanh."""
-    dh = _load(grad_hidden, row, columns, alive, WIDTH)
-    h = _load(previous, row, columns, alive, WIDTH)
-    r = _load(saved, row, columns, alive, 4 * WIDTH)
-    z = _load(saved + WIDTH, row, columns, alive, 4 * WIDTH)
-    new = _load(saved + 2 * WIDTH, row, columns, alive, 4 * WIDTH)
-    p_n = _load(saved + 3 * WIDTH, row, columns, alive, 4 * WIDTH)
+    dh = load_rows(grad_hidden, row, columns, alive, WIDTH)
+    h = load_rows(previous, row, columns, alive, WIDTH)
+    r = load_rows(saved, row, columns, alive, 4 * WIDTH)
+    z = load_rows(saved + WIDTH, row, columns, alive, 4 * WIDTH)
+    new = load_rows(saved + 2 * WIDTH, row, columns, alive, 4 * WIDTH)
+    p_n = load_rows(saved + 3 * WIDTH, row, columns, alive, 4 * WIDTH)
     by_n = (1 - z) * (1 - new * new)
     return dh, z, r, by_n * p_n * r * (1 - r), (h - new) * z * (1 - z), by_n
 
@@ -240,11 +242,8 @@ def _backward(
     RESIDENT: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    _, exists, sequence, start, length = _tile(offsets, ranking, num_sequences, SEQUENCES)
-    columns = tl.arange(0, COLUMNS)
-    inside = (columns < WIDTH)[None, :]
-    mask = exists[:, None] & inside
-    grad = _load(grad_last, sequence, columns, mask, WIDTH)
+    _, sequence, start, length, columns, inside, mask = _tile(offsets, ranking, num_sequences, WIDTH, SEQUENCES, COLUMNS)
+    grad = load_rows(grad_last, sequence, columns, mask, WIDTH)
     if RESIDENT:
         w_r = _weights(weight, 0, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
         w_z = _weights(weight, 1, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
@@ -260,11 +259,10 @@ def _backward(
         dh += grad
         d_r, d_z, d_n = dh * by_r, dh * by_z, dh * by_n
         d_p = d_n * r
-        at = grad_gates + row[:, None] * (3 * WIDTH) + columns[None, :]
-        tl.store(at, d_r, mask=alive)
-        tl.store(at + WIDTH, d_z, mask=alive)
-        tl.store(at + 2 * WIDTH, d_n, mask=alive)
-        tl.store(grad_product + row[:, None] * WIDTH + columns[None, :], d_p, mask=alive)
+        store_rows(grad_gates, row, columns, d_r, alive, 3 * WIDTH)
+        store_rows(grad_gates + WIDTH, row, columns, d_z, alive, 3 * WIDTH)
+        store_rows(grad_gates + 2 * WIDTH, row, columns, d_n, alive, 3 * WIDTH)
+        store_rows(grad_product, row, columns, d_p, alive, WIDTH)
         if RESIDENT:
             through = product(d_r, w_r, FACTORS) + product(d_z, w_z, FACTORS) + product(d_p, w_n, FACTORS)
         else:
@@ -273,13 +271,13 @@ def _backward(
             for first in range(0, WIDTH, SLICE):
                 outputs = first + tl.arange(0, SLICE)
                 known = (back < length)[:, None] & (outputs < WIDTH)[None, :]
-                d_r_slice = _load(grad_gates, row, outputs, known, 3 * WIDTH)
-                d_z_slice = _load(grad_gates + WIDTH, row, outputs, known, 3 * WIDTH)
-                d_p_slice = _load(grad_product, row, outputs, known, WIDTH)
+                d_r_slice = load_rows(grad_gates, row, outputs, known, 3 * WIDTH)
+                d_z_slice = load_rows(grad_gates + WIDTH, row, outputs, known, 3 * WIDTH)
+                d_p_slice = load_rows(grad_product, row, outputs, known, WIDTH)
                 through += product(d_r_slice, _weights(weight, 0, outputs[:, None], columns[None, :], WIDTH), FACTORS)
                 through += product(d_z_slice, _weights(weight, 1, outputs[:, None], columns[None, :], WIDTH), FACTORS)
                 through += product(d_p_slice, _weights(weight, 2, outputs[:, None], columns[None, :], WIDTH), FACTORS)
         grad = tl.where(alive, dh * z + through, grad)
         dh, z, r, by_r, by_z, by_n = earlier_dh, earlier_z, earlier_r, earlier_by_r, earlier_by_z, earlier_by_n
         row, alive = row - 1, earlier
-    tl.store(grad_initial + sequence[:, None] * WIDTH + columns[None, :], grad, mask=mask)
+    store_rows(grad_initial, sequence, columns, grad, mask, WIDTH)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glintru_rec.ops.triton_common import fits, refuse
+from glintru_rec.ops.triton_common import ends, fits, refuse
 
 STEPS, FEATURES = 32, 32  # of a tile
 WIDEST = 2**31  # features are independent
@@ -112,11 +112,17 @@ def _row(x, number, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _forward(inputs, decay, initial, offsets, states, last, width, STEPS: tl.constexpr, FEATURES: tl.constexpr):
+def _place(offsets, width, FEATURES: tl.constexpr):
+    """Give the program's sequence and its ends, its features, and which of these there are."""
     sequence = tl.program_id(0).to(tl.int64)
+    start, end = ends(offsets, sequence)
     features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    inside = features < width
-    start, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    return sequence, start, end, features, features < width
+
+
+@triton.jit
+def _forward(inputs, decay, initial, offsets, states, last, width, STEPS: tl.constexpr, FEATURES: tl.constexpr):
+    sequence, start, end, features, inside = _place(offsets, width, FEATURES)
     decay_re, decay_im = _load(decay, 0, features, width, inside)
     h_re, h_im = _load(initial, sequence, features, width, inside)
     for first in range(start, end, STEPS):
@@ -150,10 +156,7 @@ def _backward(
     STEPS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    inside = features < width
-    start, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    sequence, start, end, features, inside = _place(offsets, width, FEATURES)
     decay_re, decay_im = _load(decay, 0, features, width, inside)
     decay_im = -decay_im  # λ̄
     first_re, first_im = _load(initial, sequence, features, width, inside)

@@ -138,8 +138,8 @@ def backward(
     scanned = triton_gru.backward(grad_hidden, grad_last, weights.recurrent, initial, offsets, hidden, scan)
     grad_gates, grad_recurrent, grad_initial = scanned
     if num_items > 0:
-        given = (grad_gates, grad_g, c, weights.gates, gate.down, gate.down_bias, gate.up)
-        _before_backward[grid](*given, silu, grad_a, grad_c, num_items, **shape)
+        incoming = (grad_gates, grad_g, c, weights.gates, gate.down, gate.down_bias, gate.up)
+        _before_backward[grid](*incoming, silu, grad_a, grad_c, num_items, **shape)
     grad_weights = SelectiveGRUWeights(
         conv_in=dense_weight_gradient(grad_c, u, weights.conv_in, position),
         conv_in_bias=grad_c.sum(0),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glintru_rec.ops.triton_common import block, factors, fits, product, refuse
+from glintru_rec.ops.triton_common import block, factors, fits, load_rows, product, refuse, store_rows, within
 
 PROGRAMS = 264  # that fill a GPU: two on each of the 132 multiprocessors of an H100 or H200
 WIDEST = 256
@@ -124,8 +124,7 @@ def _shape(query: Tensor, log_q: Tensor | None, target_ids: Tensor | None, narro
 @triton.jit
 def _load(pointer, row, features, size, D: tl.constexpr):
     """Read rows in fp32, zeros outside."""
-    mask = (row < size)[:, None] & (features < D)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * D + features[None, :], mask=mask, other=0.0).to(tl.float32)
+    return load_rows(pointer, row, features, within(row, size, features, D), D)
 
 
 @triton.jit
@@ -238,8 +237,9 @@ def _backward_query(
         e = _load(items, column, features, num_items, D)
         s = _scores(q, e, row, column, log_q, target_ids, item_ids, num_targets, num_items, CORRECTED, MASKED, FACTORS)
         dq += product(_softmax(s, log_total, g), e, FACTORS)
-    at = (tl.program_id(1).to(tl.int64) * num_targets + row)[:, None] * D + features[None, :]
-    tl.store(shares + at, dq, mask=(row < num_targets)[:, None] & (features < D)[None, :])
+    store_rows(
+        shares + tl.program_id(1).to(tl.int64) * num_targets * D, row, features, dq, within(row, num_targets, features, D), D
+    )
 
 
 @triton.jit
@@ -274,5 +274,6 @@ def _backward_items(
         log_total = tl.load(log_sum + row, mask=row < num_targets, other=0.0)
         s = _scores(q, e, row, column, log_q, target_ids, item_ids, num_targets, num_items, CORRECTED, MASKED, FACTORS)
         de += product(tl.trans(_softmax(s, log_total, g)), q, FACTORS)
-    at = (tl.program_id(1).to(tl.int64) * num_items + column)[:, None] * D + features[None, :]
-    tl.store(shares + at, de, mask=(column < num_items)[:, None] & (features < D)[None, :])
+    store_rows(
+        shares + tl.program_id(1).to(tl.int64) * num_items * D, column, features, de, within(column, num_items, features, D), D
+    )
