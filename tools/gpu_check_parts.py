@@ -142,6 +142,7 @@ def gru(_: str) -> None:
 def ops(_: str) -> None:
     """Time the other kernels forward and backward, bf16, and set the bytes that they must move beside the copy ceiling."""
     from glintru_rec.ops import triton_attention, triton_conv, triton_normalized, triton_scan, triton_softmax
+    from glintru_rec.ops.selective_gru import composed, selective_gru
 
     bandwidth, peak = copy_ceiling(), matmul_ceiling(torch.bfloat16)
     offsets = offsets_from_lengths(torch.full((512,), 200)).cuda()
@@ -189,6 +190,21 @@ def ops(_: str) -> None:
                 triton_conv.backward(x, x, weight, offsets)
 
             show(f"{name} convolution, D={width}", conv, 5 * items * width)
+    for width in (128, 256):
+        expert = GlintRU(width).blocks[0].gru.cuda().bfloat16()
+        weights, gate, u = expert._weights(), expert._gate(), draw(items, width).requires_grad_()
+        leaves, grad = [u, *weights, *gate], draw(items, width)
+        # Dropout as in training; what the fused form reads and writes stands for both.
+        forms = {
+            "fused": lambda: selective_gru(u, weights, gate, offsets, rate=0.2, implementation="triton"),  # noqa: B023
+            "composed": lambda: composed(u, weights, gate, offsets, None, True, 0.2),  # noqa: B023
+        }
+        for form, run in forms.items():
+
+            def selective(run=run, leaves=leaves, grad=grad):
+                torch.autograd.grad(run()[0], leaves, grad)
+
+            show(f"dense selective GRU, D={width}, {form}", selective, 73 * items * width)
     query, catalog = draw(16384, 128) / 4, draw(100_000, 128) / 4
     grad = torch.full((16384,), 1 / 16384, device="cuda")
 
@@ -326,9 +342,9 @@ class training:
 PARTS = {
     "machine": Part(machine, 15, 60),
     "sharded": Part(sharded, 20, 60),
-    "parity": Part(parity, 40, 180),
+    "parity": Part(parity, 60, 180),
     "gru": Part(gru, 20, 60),
-    "ops": Part(ops, 20, 60),
+    "ops": Part(ops, 30, 90),
     "ml1m": Part(ml1m, 30, 240),
     "catalog": Part(lambda _: catalog("catalog"), 20, 60),
     "billion": Part(lambda _: catalog("billion"), 25, 60),

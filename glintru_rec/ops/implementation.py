@@ -1,13 +1,13 @@
 """Which implementation of an op runs: the torch code beside it, or Triton kernels where there are some.
 
-``ragged_gru``, ``diagonal_scan``, ``ragged_conv1d``, ``linear_attention``, ``normalized_attention``, what continues the latter
-two from a state, and the losses ``sampled_softmax`` and ``full_softmax`` take ``implementation``: ``torch``, ``triton``, or
-``auto``, which is Triton on CUDA where Triton is installed and has kernels that take the input, and torch everywhere else.
-``softmax_attention`` and ``rotate`` have no such argument; they run torch code everywhere.
+``ragged_gru``, ``selective_gru``, ``diagonal_scan``, ``ragged_conv1d``, ``linear_attention``, ``normalized_attention``, what
+continues the latter two from a state, and the losses ``sampled_softmax`` and ``full_softmax`` take ``implementation``:
+``torch``, ``triton``, or ``auto``, which is Triton on CUDA where Triton is installed and has kernels that take the input, and
+torch everywhere else. ``softmax_attention`` and ``rotate`` have no such argument; they run torch code everywhere.
 
 The kernels of op NAME live in ``triton_NAME.py``, as functions ``forward`` and ``backward`` with the arguments and results of
-the op's own (see the package's table), beside ``takes``, which says of the tensors that decide it (GRU: weight; scan: inputs;
-conv: x, weight; attentions: q, v; softmax: query) whether dtype and width are what they can do.
+the op's own (see the package's table), beside ``takes``, which says of the tensors that decide it (GRU: weight;
+selective GRU: u; scan: inputs; conv: x, weight; attentions: q, v; softmax: query) whether dtype and width are what they can do.
 """
 
 import functools
