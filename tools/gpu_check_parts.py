@@ -204,7 +204,7 @@ def ops(_: str) -> None:
             def selective(run=run, leaves=leaves, grad=grad):
                 torch.autograd.grad(run()[0], leaves, grad)
 
-            show(f"dense selective GRU, D={width}, {form}", selective, 73 * items * width)
+            show(f"dense selective GRU, D={width}, {form}", selective, 68 * items * width)
     query, catalog = draw(16384, 128) / 4, draw(100_000, 128) / 4
     grad = torch.full((16384,), 1 / 16384, device="cuda")
 

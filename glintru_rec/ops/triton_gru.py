@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glintru_rec.jagged import positions, sequence_index
 from glintru_rec.ops.triton_common import (
     block,
     factors,
@@ -87,16 +86,14 @@ def backward(
     num_items, width = hidden.shape
     if num_items == 0:
         return hidden.new_empty(0, 3 * width), torch.zeros_like(weight), grad_last.clone()
-    index = sequence_index(offsets, num_items)
-    is_first = (positions(offsets, num_items) == 0).unsqueeze(1)
-    previous = torch.where(is_first, initial[index], hidden.roll(1, 0))
+    previous = torch.empty_like(hidden)  # h_{t-1} of every item, as the weight's gradient wants it
     grad_gates = hidden.new_empty(num_items, 3 * width)
     grad_product = torch.empty_like(hidden)  # of W_n h_{t-1}; those of the other two are the gates'
     grad_initial = torch.empty_like(initial)
     tiles = triton.cdiv(initial.size(0), SEQUENCES)
     ranking = longest_first(offsets)
-    incoming = (grad_hidden, grad_last, saved, previous, weight, offsets, ranking)
-    _backward[(tiles,)](*incoming, grad_gates, grad_product, grad_initial, initial.size(0), **_shape(weight))
+    incoming = (grad_hidden, grad_last, saved, hidden, initial, weight, offsets, ranking)
+    _backward[(tiles,)](*incoming, previous, grad_gates, grad_product, grad_initial, initial.size(0), **_shape(weight))
     reset_update, new = grad_gates[:, : 2 * width].t() @ previous, grad_product.t() @ previous
     return grad_gates, torch.cat([reset_update, new]), grad_initial
 
@@ -210,16 +207,17 @@ def _forward(
 
 
 @triton.jit
-def _slopes(saved, previous, grad_hidden, row, columns, alive, WIDTH: tl.constexpr):
-    """Give a step's own gradient, z, r, and the slopes of h_t in the arguments of σ, σ and tanh."""
+def _slopes(saved, hidden, initial, grad_hidden, sequence, start, row, columns, alive, WIDTH: tl.constexpr):
+    """Give a step's own gradient, z, r, and the slopes of h_t in the arguments of σ, σ and tanh, and h_{t-1}."""
     dh = load_rows(grad_hidden, row, columns, alive, WIDTH)
-    h = load_rows(previous, row, columns, alive, WIDTH)
+    h = load_rows(hidden, row - 1, columns, alive & (row > start)[:, None], WIDTH)
+    h += load_rows(initial, sequence, columns, alive & (row == start)[:, None], WIDTH)
     r = load_rows(saved, row, columns, alive, 4 * WIDTH)
     z = load_rows(saved + WIDTH, row, columns, alive, 4 * WIDTH)
     new = load_rows(saved + 2 * WIDTH, row, columns, alive, 4 * WIDTH)
     p_n = load_rows(saved + 3 * WIDTH, row, columns, alive, 4 * WIDTH)
     by_n = (1 - z) * (1 - new * new)
-    return dh, z, r, by_n * p_n * r * (1 - r), (h - new) * z * (1 - z), by_n
+    return dh, z, r, by_n * p_n * r * (1 - r), (h - new) * z * (1 - z), by_n, h
 
 
 @triton.jit
@@ -227,10 +225,12 @@ def _backward(
     grad_hidden,
     grad_last,
     saved,
-    previous,
+    hidden,
+    initial,
     weight,
     offsets,
     ranking,
+    previous,
     grad_gates,
     grad_product,
     grad_initial,
@@ -249,12 +249,13 @@ def _backward(
         w_z = _weights(weight, 1, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
         w_n = _weights(weight, 2, columns[:, None], columns[None, :], WIDTH).to(FACTORS)
     row, alive = start + length - 1, (length > 0)[:, None] & inside  # every sequence from its own end
-    dh, z, r, by_r, by_z, by_n = _slopes(saved, previous, grad_hidden, row, columns, alive, WIDTH)
+    dh, z, r, by_r, by_z, by_n, h = _slopes(saved, hidden, initial, grad_hidden, sequence, start, row, columns, alive, WIDTH)
+    store_rows(previous, row, columns, h, alive, WIDTH)
     for back in range(tl.max(length, 0)):
         # What the step before needs does not depend on this one's gradient: it is read and computed meanwhile.
         earlier = (back + 1 < length)[:, None] & inside
-        earlier_dh, earlier_z, earlier_r, earlier_by_r, earlier_by_z, earlier_by_n = _slopes(
-            saved, previous, grad_hidden, row - 1, columns, earlier, WIDTH
+        earlier_dh, earlier_z, earlier_r, earlier_by_r, earlier_by_z, earlier_by_n, earlier_h = _slopes(
+            saved, hidden, initial, grad_hidden, sequence, start, row - 1, columns, earlier, WIDTH
         )
         dh += grad
         d_r, d_z, d_n = dh * by_r, dh * by_z, dh * by_n
@@ -278,6 +279,7 @@ def _backward(
                 through += product(d_z_slice, _weights(weight, 1, outputs[:, None], columns[None, :], WIDTH), FACTORS)
                 through += product(d_p_slice, _weights(weight, 2, outputs[:, None], columns[None, :], WIDTH), FACTORS)
         grad = tl.where(alive, dh * z + through, grad)
+        store_rows(previous, row - 1, columns, earlier_h, earlier, WIDTH)  # here, where nobody waits for what was read
         dh, z, r, by_r, by_z, by_n = earlier_dh, earlier_z, earlier_r, earlier_by_r, earlier_by_z, earlier_by_n
         row, alive = row - 1, earlier
     store_rows(grad_initial, sequence, columns, grad, mask, WIDTH)
