@@ -217,6 +217,25 @@ def test_equal_scores_go_to_the_lower_id(max_block_cells):
         torch.testing.assert_close(best, expected)
 
 
+@pytest.mark.parametrize("max_block_cells", [5 * 16, 5 * 512, 1 << 24])
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_top_k_of_many_items_is_argsort(max_block_cells, k):
+    """Enough items for whole groups of them to be passed over; rows with many equal scores, and with few."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(3001, 4, generator=generator)
+    vectors[:, :2] = torch.randint(-9, 10, (3001, 2), generator=generator).float()
+    query = torch.tensor([[1, 3, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 2, 0, 0.01]])
+    module = ScoringModule(GlintRU(4, num_heads=1), vectors, "dot", MAX_SEQ_LEN, max_block_cells).eval()
+    seen, seen_lengths = torch.arange(3001).repeat(2)[:3300], torch.tensor([300, 0, 0, 2990, 10])
+    scores = query @ vectors.t()
+    scores[torch.repeat_interleave(seen_lengths), seen] = -torch.inf
+    ids, best = module.top_k_of(query, seen, seen_lengths, k)
+    expected_ids, expected = brute_force_top_k(scores, k)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(best, expected)
+    assert bool(module.top_k_of(query[:1] * torch.nan, seen[:0], seen[:1], k)[1].isnan().all())
+
+
 def test_items_before_the_encoders_reach_were_seen():
     model = make_model()
     item_ids, lengths = torch.arange(MAX_SEQ_LEN + 30), torch.tensor([MAX_SEQ_LEN + 30])

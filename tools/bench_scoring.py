@@ -7,7 +7,8 @@ python tools/bench_scoring.py ranks [rows=40000] [files=8] [nproc=2] [num_items=
 python tools/bench_scoring.py start [num_items=10000] [dim=64] [repeats=3]
 python tools/bench_scoring.py open [num_items=50000000] [dim=64] [bits=8] [repeats=3]
 
-top_k: users/s of the artifact's search, their vectors known, and of faiss.IndexFlatIP (pip install faiss-cpu), threads alike.
+top_k: users/s of an artifact's search in fp32 and in int8, users' vectors known, and of faiss.IndexFlatIP (pip install
+faiss-cpu), threads alike; and the share of faiss's items, exact in fp32, that each finds.
 candidates: rows/s of a whole job, parquet to parquet, less what encoding the same histories took, and of a numpy gather and
 einsum over arrays that lie in memory. memory: peak memory of a job's process with the rows, over that with a hundredth of them
 (each in a process of its own). ranks: rows/s of the program score in several processes over that in one, each with one thread,
@@ -40,6 +41,7 @@ from glintru_rec.data.dataset import EvalCases
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, ScoringModule, Validation, export_artifact, replace_items
+from glintru_rec.export.item_files import write_items
 from glintru_rec.scoring import ScoreConfig, score
 from glintru_rec.scoring.fragments import find_inputs, open_fragments
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each
@@ -83,23 +85,44 @@ def bench_top_k(num_items: int, dim: int, k: int, users: int, repeats: int) -> N
     faiss.omp_set_num_threads(num_threads)
     index = faiss.IndexFlatIP(dim)
     index.add(vectors.numpy())
-    search = torch.jit.script(ScoringModule(GlintRU(dim, num_heads=1), vectors, "dot", 50).eval())
     nothing = torch.zeros(0, dtype=torch.int64)
 
-    def ours() -> torch.Tensor:
+    def search(precision: str) -> torch.Tensor:
+        module = modules[precision]
+
         def find(part: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():
-                return search.top_k_of(part, nothing, torch.zeros(len(part), dtype=torch.int64), k)[0]
+                return module.top_k_of(part, nothing, torch.zeros(len(part), dtype=torch.int64), k)[0]
 
         with one_thread_each("cpu") as threads:
             return torch.cat(list(map_in_order(find, iter(query.split(-(-users // threads))), threads)))
 
-    same = np.mean([len(np.intersect1d(*pair)) / k for pair in zip(ours().numpy(), index.search(query.numpy(), k)[1])])
-    measured = turns(repeats, ours=ours, faiss=lambda: index.search(query.numpy(), k))
+    with TemporaryDirectory() as folder:
+        modules = {}
+        for precision in ("fp32", "int8"):
+            path = Path(folder, precision)
+            path.mkdir()
+            write_items(vectors, dim, False, precision, path)
+            module = ScoringModule(GlintRU(dim, num_heads=1), vectors[:0], "dot", 50, precision=precision)
+            modules[precision] = torch.jit.script(module.eval())
+            modules[precision].open_items(str(path))
+        exact = index.search(query.numpy(), k)[1]
+        recall = {
+            precision: np.mean([len(np.intersect1d(*pair)) / k for pair in zip(search(precision).numpy(), exact)])
+            for precision in modules
+        }
+        measured = turns(
+            repeats,
+            fp32=lambda: search("fp32"),
+            int8=lambda: search("int8"),
+            faiss=lambda: index.search(query.numpy(), k),
+        )
     seconds = {name: statistics.median(times) for name, times in measured.items()}
     for name, value in seconds.items():
         print(f"{name:8}{users / value:12,.1f} users/s")
-    print(f"threads={num_threads} items_equal={same:.4f} ratio_to_faiss={seconds['faiss'] / seconds['ours']:.2f}")
+    for name, share in recall.items():
+        ratio = seconds["faiss"] / seconds[name]
+        print(f"threads={num_threads} precision={name} recall@{k}={share:.4f} ratio_to_faiss={ratio:.2f}")
 
 
 def vocabulary_of(num_items: int) -> Vocabulary:

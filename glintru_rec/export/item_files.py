@@ -29,6 +29,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 _BLOCK_ROWS = 1 << 16
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 _MAX_INT8 = 127
+# What a row's largest magnitude may become before it is rounded; below 127.5, so that it stays within 127.
+_PEAKS = (127.49, 127.0, 126.5, 126.0, 125.5, 125.0, 124.5, 124.0)
+_CACHED_ROWS = 1 << 12
 _MIN_NORM = 1e-12  # as torch.nn.functional.normalize
 
 
@@ -82,17 +85,34 @@ def write_items(item_vectors: Tensor, width: int, cosine: bool, precision: str, 
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round every row to 255 equal steps between minus and plus its largest magnitude.
+    """Round every row to whole multiples of a scale of its own.
+
+    Of several scales near the least that keeps the row within ±127, which round a row's numbers differently, the one of
+    the least squared error is taken; then it is fitted to the rounded numbers by least squares. Against the least scale
+    alone, what a top list of the rows loses is a seventh less (see docs/log.md).
 
     Args:
         rows: float32 ``[n, D]``.
 
     Returns:
-        int8 ``[n, D]`` and scales, float32 ``[n]``, with ``|rows - numbers · scale| ≤ scale / 2``.
+        int8 ``[n, D]`` and scales, float32 ``[n]``: ``numbers · scale`` is near ``rows``.
     """
-    scales = rows.abs().amax(dim=1) / _MAX_INT8
-    divisors = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (rows / divisors.unsqueeze(1)).round().to(torch.int8), scales
+    parts = [_quantized(part) for part in rows.split(_CACHED_ROWS)]
+    return torch.cat([numbers for numbers, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    largest = rows.abs().amax(dim=1)
+    rows = rows / torch.where(largest > 0, largest, torch.ones_like(largest)).unsqueeze(1)
+    numbers, scales, least = torch.zeros_like(rows), torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for peak in _PEAKS:
+        rounded = (rows * peak).round_()
+        fitted = (rows * rounded).sum(1) / rounded.square().sum(1).clamp(min=1.0)
+        error = (rows - rounded * fitted.unsqueeze(1)).square().sum(1)
+        better = error < least
+        numbers = torch.where(better.unsqueeze(1), rounded, numbers)
+        scales, least = torch.where(better, fitted, scales), torch.where(better, error, least)
+    return numbers.to(torch.int8), scales * largest
 
 
 def inverse_norms(rows: Tensor) -> Tensor:

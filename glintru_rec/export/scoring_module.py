@@ -18,6 +18,7 @@ from glintru_rec.export.mapped_array import map_array
 from glintru_rec.jagged import keep_last, last_of_each, offsets_from_lengths, sequence_index
 
 MAX_BLOCK_CELLS = 1 << 24  # 64 MiB of float32
+MAX_CACHED_CELLS = 1 << 22  # 16 MiB: scores that a processor can still find in its cache when it looks for the best
 MAX_BLOCK_ITEMS = 1 << 16
 
 
@@ -73,6 +74,7 @@ class ScoringModule(nn.Module):
         self.item_bias = item_vectors.size(1) > encoder.width
         self.max_seq_len = max_seq_len
         self.max_block_cells = max_block_cells
+        self.max_cached_cells = MAX_CACHED_CELLS
         self.register_buffer("item_vectors", item_vectors)
         self.register_buffer("item_scales", item_vectors.new_ones(0))
         self.register_buffer("item_biases", item_vectors.new_ones(0))
@@ -244,7 +246,8 @@ class ScoringModule(nn.Module):
         best_scores = torch.full([query.size(0), k], float("-inf"), dtype=query.dtype, device=query.device)
         self._check_opened()
         num_items, columns = self.item_vectors.size(0), self.item_vectors.size(1)
-        block = block_items(self.max_block_cells, query.size(0), columns)
+        cells = self.max_block_cells if query.is_cuda else min(self.max_block_cells, self.max_cached_cells)
+        block = block_items(cells, query.size(0), columns)
         starts = torch.arange(0, num_items + block, block, device=query.device)
         seen_before: list[int] = torch.searchsorted(seen, starts).tolist()
         for i, start in enumerate(range(0, num_items, block)):
@@ -255,7 +258,9 @@ class ScoringModule(nn.Module):
                 scores.add_(self.item_biases[start : start + block])
             here, there = seen_before[i], seen_before[i + 1]
             scores[seen_rows[here:there], seen[here:there] - start] = float("-inf")
-            places = _best_places(scores, k)
+            places = _best_places(scores, k, best_scores[:, k - 1])
+            if places.size(1) == 0:
+                continue
             best_ids = torch.cat([best_ids, places + start], dim=1)
             best_scores = torch.cat([best_scores, scores.gather(1, places)], dim=1)
             # Stable, and earlier blocks come first: of equal scores the lower id wins, and -1 wins over a seen item.
@@ -329,22 +334,39 @@ def checked_offsets(lengths: Tensor, values: Tensor) -> Tensor:
     return offsets
 
 
-def _best_places(scores: Tensor, k: int) -> Tensor:
+def _best_places(scores: Tensor, k: int, least: Tensor) -> Tensor:
     """Give the columns of each row's k best scores in ascending order, the lower columns where scores are equal.
+
+    Those that are not above ``least`` may be left out, or others be there in their place.
 
     Args:
         scores: ``[B, n]``.
         k: at least 1.
+        least: ``[B]``.
 
     Returns:
-        int64 ``[B, min(k, n)]``.
+        int64 ``[B, at most k]``.
     """
-    if k >= scores.size(1):
-        return torch.arange(scores.size(1), device=scores.device).expand(scores.size(0), -1)
-    best, places = torch.topk(scores, k + 1, dim=1)
-    places = places[:, :k]
-    # topk takes any of several equal scores; where that decides who is in, which is rare, sort the row in full.
-    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > float("-inf"))
-    if bool(tied.any()):
-        places[tied] = torch.sort(scores[tied], dim=1, descending=True, stable=True)[1][:, :k]
-    return torch.sort(places, dim=1)[0]
+    num_items, group = scores.size(1), 16
+    columns = torch.arange(num_items, device=scores.device)
+    if k >= num_items or scores.size(0) == 0:
+        return columns[:k].expand(scores.size(0), -1)
+    # Columns that are a multiple of width apart are a group. The k + 1 best scores lie in as many groups at most, those of
+    # the largest heads: were one of them elsewhere, that group's head, and so k + 1 others, would be better than it.
+    width = num_items // group
+    heads = scores[:, : group * width].unflatten(1, [group, width]).amax(1)
+    num_groups = min(k + 1, int((~(heads <= least.unsqueeze(1))).sum(1).max()))  # those of NaN, too
+    candidates, columns = scores, columns.expand(scores.size(0), -1)
+    if 2 * group * num_groups < num_items:
+        groups = torch.topk(heads, num_groups, dim=1)[1]
+        members = (groups.unsqueeze(1) + width * torch.arange(group, device=scores.device).unsqueeze(1)).flatten(1)
+        columns = torch.cat([members, columns[:, group * width :]], dim=1)
+        candidates = scores.gather(1, columns)
+    if columns.size(1) > k:
+        best, order = torch.topk(candidates, k + 1, dim=1)
+        columns = columns.gather(1, order[:, :k])
+        # topk takes any of several equal scores; where that decides who is in, which is rare, sort the row in full.
+        tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > least)
+        if bool(tied.any()):
+            columns[tied] = torch.sort(scores[tied], dim=1, descending=True, stable=True)[1][:, :k]
+    return torch.sort(columns, dim=1)[0]
