@@ -24,13 +24,15 @@ class IntegerLookup:
     """
 
     def __init__(self, ids: np.ndarray):
-        self._low = int(ids.min()) if len(ids) else 0
-        span = int(ids.max()) - self._low + 1 if len(ids) else 0
+        low = int(ids.min()) if len(ids) else 0
+        span = int(ids.max()) - low + 1 if len(ids) else 0
         self._table: np.ndarray | None = None
         if span <= _MAX_CELLS_PER_ID * len(ids):
-            # The last cell is that of all other numbers.
-            self._table = np.full(span + 1, _MISSING, dtype=np.min_scalar_type(-len(ids) - 1))
-            self._table[ids - self._low] = np.arange(len(ids))
+            # The first and the last cell are those of all other numbers, below and above. What wraps around is as far from
+            # the least id as it was, modulo 2⁶⁴.
+            self._first = np.array([low]) - 1
+            self._table = np.full(span + 2, _MISSING, dtype=np.min_scalar_type(-len(ids) - 1))
+            self._table[ids - self._first] = np.arange(len(ids))
         else:
             self._hashed = _HashTable(ids.view(np.uint64))
 
@@ -38,9 +40,7 @@ class IntegerLookup:
         """Give the place of every number, -1 where it is not in the list: int64 ``[N]`` in, int64 ``[N]`` out."""
         if self._table is None:
             return self._hashed.find(numbers.view(np.uint64))
-        # As unsigned numbers, what lies below the least id lies beyond the largest, and so does what wraps around.
-        cells = (numbers - self._low).view(np.uint64)
-        return self._table[np.minimum(cells, np.uint64(len(self._table) - 1))].astype(np.int64)
+        return self._table.take(numbers - self._first, mode="clip").astype(np.int64)
 
 
 class TextLookup:

@@ -123,11 +123,12 @@ class Vocabulary:
             InputError: an index is not in ``[0, num_items)``.
         """
         indices = np.asarray(indices)
-        outside = (indices < 0) | (indices >= self.num_items)
-        if outside.any():
-            place = int(outside.argmax())
-            raise InputError(f"index {indices[place]} at place {place} is not in [0, {self.num_items}): no such item")
-        return self.item_ids.take(pa.array(indices, pa.int64()))
+        try:
+            return self.item_ids.take(pa.array(indices, pa.int64()))
+        except pa.ArrowIndexError as error:
+            place = int(((indices < 0) | (indices >= self.num_items)).argmax())
+            what = f"index {indices[place]} at place {place} is not in [0, {self.num_items}): no such item"
+            raise InputError(what) from error
 
     @cached_property
     def _lookup(self) -> IntegerLookup | TextLookup:

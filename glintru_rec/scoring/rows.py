@@ -92,7 +92,7 @@ class Rows:
         history: the known items of each, oldest first; none is empty unless such rows were to be kept.
         candidates: the known candidates of each, in the order given; empty where none are asked for.
         denied: the known items that must not be found for each.
-        side_ids: side features of the events in ``history``, int64 ``[T, F]``.
+        side_ids: side features of the events in ``history``, int64 ``[T, F]``; ``[0, 0]`` where the model reads none.
         unknown_history_items: items of histories that were skipped because the vocabulary lacks them. Those of a row
             that has no item left count too.
         unknown_candidates: candidates left out because the vocabulary lacks them: user_id, item_id, fragment, row.
@@ -199,6 +199,8 @@ def _side_ids(
     batch: pa.RecordBatch, names: Sequence[str], side: SideVocabulary, history: "_Lists", keep: np.ndarray
 ) -> np.ndarray:
     """Look up the side features of the known items of the rows to keep, whose lists are as long as the history or null."""
+    if not names:
+        return np.empty((0, 0), np.int64)
     is_event = (history.indices >= 0) & keep[history.rows]
     side_ids = np.zeros((is_event.sum(), len(names)), np.int64)
     for place, name in enumerate(names):

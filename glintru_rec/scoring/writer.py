@@ -1,9 +1,12 @@
 """Write the output of one fragment whole or not at all."""
 
+import io
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glintru_rec.files import aside_of, publish
@@ -12,6 +15,8 @@ REJECTS_FOLDER = "rejects"
 UNKNOWN_CANDIDATES_FOLDER = "unknown_candidates"
 # The last one is encoded when all else is done, so a job ends that much later.
 _ROW_GROUP_BYTES = 16 << 20
+# Integers of such a span take about as many bits as differences as they do by a dictionary.
+_CLOSE = 1 << 24
 
 
 class FragmentWriter:
@@ -73,7 +78,7 @@ class _GrowingFile:
         self._path = path
         self._aside = aside_of(path)
         self._schema = schema
-        self._writer = pq.ParquetWriter(self._aside, schema, compression="zstd", use_dictionary=_repeating(schema))
+        self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
 
     def write(self, table: pa.Table) -> None:
@@ -82,8 +87,7 @@ class _GrowingFile:
             self._flush()
 
     def close(self) -> None:
-        self._flush()
-        self._writer.close()
+        self._flush().close()
 
     def publish(self) -> None:
         publish(self._aside, self._path)
@@ -91,17 +95,40 @@ class _GrowingFile:
     def discard(self) -> None:
         self._aside.unlink(missing_ok=True)
 
-    def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.concat_tables(self._pending))
-            self._pending = []
+    def _flush(self) -> pq.ParquetWriter:
+        table = pa.concat_tables(self._pending) if self._pending else self._schema.empty_table()
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._aside, self._schema, **_encodings(table))
+        if len(table):
+            self._writer.write_table(table)
+        self._pending = []
+        return self._writer
 
 
-def _repeating(schema: pa.Schema) -> list[str]:
-    """Give parquet's paths of the columns that a dictionary may make smaller: scores and vectors hardly ever repeat."""
-    paths = []
-    for field in schema:
-        is_list = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
-        if not pa.types.is_floating(field.type.value_type if is_list else field.type):
-            paths.append(f"{field.name}.list.element" if is_list else field.name)
-    return paths
+def _encodings(table: pa.Table) -> dict[str, Any]:
+    """Choose how a file's columns are written, by its first rows.
+
+    Scores and vectors are noise to a dictionary and a compressor. Differences are packed in half the time of a dictionary.
+    """
+    empty = io.BytesIO()
+    pq.write_table(table.schema.empty_table(), empty)
+    kinds = {column.path: column.physical_type for column in pq.ParquetFile(empty).schema}
+    close = [path for path in kinds if _are_close(table, path)]
+    others = [path for path, kind in kinds.items() if kind not in ("FLOAT", "DOUBLE") and path not in close]
+    return {
+        "compression": dict.fromkeys(kinds, "none") | dict.fromkeys(others, "zstd"),
+        "use_dictionary": others,
+        "column_encoding": dict.fromkeys(close, "DELTA_BINARY_PACKED"),
+    }
+
+
+def _are_close(table: pa.Table, path: str) -> bool:
+    """Say whether a column, or the lists of a column, hold integers, and those of a small span."""
+    name = path.removesuffix(".list.element")
+    if name not in table.schema.names:
+        return False
+    values = table[name] if name == path else pc.list_flatten(table[name])
+    if not pa.types.is_integer(values.type):
+        return False
+    low, high = pc.min_max(values).values()
+    return low.is_valid and high.as_py() - low.as_py() < _CLOSE
