@@ -1,9 +1,9 @@
 """Scoring against what it could cost: top-k against faiss, candidates against numpy; memory, ranks, start, opening.
 
 python tools/bench_scoring.py top_k [num_items=1000000] [dim=64] [k=100] [users=256] [repeats=5]
-python tools/bench_scoring.py candidates [rows=200000] [candidates=100] [num_items=100000] [dim=64] [history=20] [repeats=3]
-python tools/bench_scoring.py memory [rows=10000000] [num_items=100000] [dim=64] [history=20]
-python tools/bench_scoring.py ranks [rows=40000] [files=8] [nproc=2] [num_items=100000] [dim=64] [history=20] [repeats=3]
+python tools/bench_scoring.py candidates [rows=400000] [candidates=100] [num_items=100000] [dim=64] [history=20] [repeats=2]
+python tools/bench_scoring.py memory [rows=10000000] [num_items=100000] [dim=64] [history=4]
+python tools/bench_scoring.py ranks [rows=200000] [files=8] [nproc=2] [num_items=100000] [dim=64] [history=20] [repeats=3]
 python tools/bench_scoring.py start [num_items=10000] [dim=64] [repeats=3]
 python tools/bench_scoring.py open [num_items=50000000] [dim=64] [bits=8] [repeats=3]
 
@@ -49,9 +49,9 @@ from glintru_rec.scoring.rows import Columns, Limits, Rows
 
 DEFAULTS = {
     "top_k": {"num_items": 1_000_000, "dim": 64, "k": 100, "users": 256, "repeats": 5},
-    "candidates": {"rows": 200_000, "candidates": 100, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
-    "memory": {"rows": 10_000_000, "num_items": 100_000, "dim": 64, "history": 20},
-    "ranks": {"rows": 40_000, "files": 8, "nproc": 2, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
+    "candidates": {"rows": 400_000, "candidates": 100, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 2},
+    "memory": {"rows": 10_000_000, "num_items": 100_000, "dim": 64, "history": 4},
+    "ranks": {"rows": 200_000, "files": 8, "nproc": 2, "num_items": 100_000, "dim": 64, "history": 20, "repeats": 3},
     "start": {"num_items": 10_000, "dim": 64, "repeats": 3},
     "open": {"num_items": 50_000_000, "dim": 64, "bits": 8, "repeats": 3},
 }
