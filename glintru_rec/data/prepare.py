@@ -52,12 +52,9 @@ class PrepareConfig:
     Attributes:
         input: the log: a file, a folder or a glob. Its format is recognised by content (see `formats`).
         output: the dataset's folder; it must not exist, or be empty.
-        ids: ``dense``: each item gets an index, by which sequences hold it, and a place in the vocabulary. ``raw``: sequences
-            hold the ids of the log, int64 or strings, for ``data.vocabulary=dynamic`` of the program train; items are neither
-            listed nor counted, however many there are.
         min_user_events: users with fewer events are left out, at least 1.
-        min_item_events: items with fewer events are left out, at least 1. Both are applied until neither removes anything.
-            Null is 5, or with ``ids=raw`` 1, which leaves none out.
+        min_item_events: items with fewer events are left out. Both are applied until neither removes anything. 0: 5, or with
+            ``ids=raw`` 1, which leaves none out.
         user_column: the column of user ids, int64 or string.
         item_column: the column of item ids, int64 or string.
         time_column: the column of times.
@@ -68,6 +65,9 @@ class PrepareConfig:
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
+        ids: ``dense``: each item gets an index, by which sequences hold it, and a place in the vocabulary. ``raw``: sequences
+            hold the ids of the log, int64 or strings, for ``data.vocabulary=dynamic`` of the program train; items are neither
+            listed nor counted, however many there are.
         base: a dataset that the log continues: its events come before the log's, its items keep their indices, and ``output``
             gets both. Its ``min_user_events`` and ``min_item_events`` must be the same. Empty: the log is all there is.
         engine: ``duckdb``, in this process and out of core, or ``spark``, which can be a cluster; the same dataset to the byte.
@@ -77,15 +77,15 @@ class PrepareConfig:
 
     input: str
     output: str
-    ids: str = "dense"
     min_user_events: int = 5
-    min_item_events: int | None = None
+    min_item_events: int = 0
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
     side_columns: list[str] = field(default_factory=list)
     threads: int = 0
     memory_limit: str = ""
+    ids: str = "dense"
     base: str = ""
     engine: str = "duckdb"
     spark: SparkConfig = field(default_factory=SparkConfig)
@@ -96,7 +96,7 @@ class PrepareConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text that is not empty")
         one_of("ids", self.ids, IDS)
-        if self.min_item_events is None:
+        if self.min_item_events == 0:
             self.min_item_events = 1 if self.raw else 5
         if self.raw and self.min_item_events != 1:
             raise InputError(f"min_item_events is {self.min_item_events}, but ids=raw counts no items: leave it, or give 1")
@@ -128,7 +128,6 @@ class PrepareConfig:
     @property
     def filters(self) -> dict[str, int]:
         """The fewest events of a user and of an item."""
-        assert self.min_item_events is not None, "it has a value from the start"
         return {"min_user_events": self.min_user_events, "min_item_events": self.min_item_events}
 
 
