@@ -10,8 +10,8 @@ def py(*overrides: str) -> specs.AppDef:
 
     Args:
         overrides: input=FILE|GLOB output=DIR [user_column=user_id] [item_column=item_id] [time_column=timestamp]
-            [side_columns=[NAME,...]] [base=DATASET] [min_user_events=5] [min_item_events=5] [engine=duckdb|spark] and other
-            hydra overrides; or
+            [side_columns=[NAME,...]] [ids=raw] [base=DATASET] [min_user_events=5] [min_item_events=5] [engine=duckdb|spark]
+            and other hydra overrides; or
             task=ranking events=FILE [users=FILE] [items=FILE] features=NAME output=DIR for a ranking model's dataset
     """
     from glintru_rec.programs.launcher import app

@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from glintru_rec.data.batches import Place, TrainingBatches
+from glintru_rec.data.batches import START, TrainingBatches
 from glintru_rec.encoders import Encoder
 from glintru_rec.errors import InputError
 from glintru_rec.model import SequenceModel
@@ -132,23 +133,38 @@ def test_an_epoch_repeats_exactly_and_goes_on_from_any_step(lengths, every_posit
         batches = make(lengths, **options)
         whole = as_lists(batches.epoch(2))
         assert as_lists(make(lengths, **options).epoch(2)) == whole
-        assert as_lists(batches.epoch(2, Place(first_step * world_size))) == whole[first_step:]
+        assert as_lists(batches.epoch(2, place_after(batches, 2, first_step))) == whole[first_step:]
         list(batches.epoch(0))
         assert as_lists(batches.epoch(2)) == whole
 
 
+def place_after(batches, epoch, num_steps):
+    """Where an epoch stands after some steps."""
+    steps = batches.epoch(epoch)
+    return [START, *(batches.place for _ in itertools.islice(steps, num_steps))][-1]
+
+
 @laws
-@given(histories, st.booleans(), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4))
-def test_resumed_on_other_ranks_an_epoch_skips_and_repeats_nothing(lengths, every_position, before, num_steps, after):
-    """Some steps on ``before`` ranks, the rest on ``after`` ranks: together the windows of the epoch, each once."""
-    options = {"every_position": every_position}
-    whole = windows(epoch_of_all_ranks(1, 1, lengths, **options))
-    ranks = epoch_of_all_ranks(1, before, lengths, **options)
-    consumed = windows(rank[:num_steps] for rank in ranks)
-    place = Place(num_steps * before)
-    rest = [list(make(lengths, rank=rank, world_size=after, **options).epoch(1, place)) for rank in range(after)]
-    assert {len(rank) for rank in rest} == {make(lengths, world_size=after, **options).num_steps(1, place)}
-    assert Counter(map(tuple, consumed + windows(rest))) == Counter(map(tuple, whole))
+@given(
+    histories,
+    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 40)), max_size=3),
+    st.tuples(st.integers(1, 4), st.integers(0, 40)),
+)
+def test_resumed_on_other_ranks_with_other_batches_an_epoch_skips_and_repeats_nothing(lengths, every_position, parts, last):
+    """Some steps on some ranks with batches of some size, again and again, and the rest: each window of the epoch once."""
+    whole = windows(epoch_of_all_ranks(1, 1, lengths, every_position=every_position))
+    place, consumed = START, []
+    for world_size, num_steps, slack in [*((size, steps, slack) for size, steps, slack in parts), (last[0], None, last[1])]:
+        options = {"batch_targets": 5 + slack, "every_position": every_position, "world_size": world_size}
+        readers = [make(lengths, rank=rank, **options) for rank in range(world_size)]
+        given = [list(itertools.islice(reader.epoch(1, place), num_steps)) for reader in readers]
+        assert num_steps is not None or {len(batches) for batches in given} == {readers[0].num_steps(1, place)}
+        consumed += windows(given)
+        place = readers[0].place if given[0] else place
+        assert {reader.place for reader in readers if given[0]} <= {place}
+    assert Counter(map(tuple, consumed)) == Counter(map(tuple, whole))
+    assert readers[0].share_done(1, place) == 1
 
 
 @laws
@@ -156,8 +172,8 @@ def test_resumed_on_other_ranks_an_epoch_skips_and_repeats_nothing(lengths, ever
 def test_a_batch_is_looked_up_with_its_sequences(lengths, every_position, share):
     batches = make(lengths, every_position=every_position, reversed_share=share, reversed_epochs=2)
     assert batches.num_batches(1) == batches.num_steps(1)
-    for number, batch in enumerate(batches.epoch(1)):
-        found, sequences = batches.look_up(1, number)
+    for batch in batches.epoch(1):
+        found, sequences = batches.look_up(1, *batches.given)
         assert torch.equal(found.item_ids, batch.item_ids)
         assert torch.equal(found.offsets, batch.offsets)
         assert sequences.tolist() == [member[0] // 1000 for member in members(batch)]  # see `make`
@@ -263,5 +279,6 @@ def test_backwards_is_the_same_windows_turned(lengths, max_seq_len, first_step, 
             for member, other in zip(members(before), members(after), strict=True):
                 both = [member, member[::-1]]
                 assert other in ({0.0: both[:1], 0.4: both, 1.0: both[1:]}[share] if epoch < 2 else both[:1])
-        resumed = list(make(lengths, max_seq_len, max_seq_len + 9, **options).epoch(epoch, Place(first_step)))
+        batches = make(lengths, max_seq_len, max_seq_len + 9, **options)
+        resumed = list(batches.epoch(epoch, place_after(batches, epoch, first_step)))
         assert all(torch.equal(a.item_ids, b.item_ids) for a, b in zip(turned[first_step:], resumed, strict=True))

@@ -48,14 +48,14 @@ pytestmark = pytest.mark.programs
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
-    """Two days of a log with text for ids, and what the ranks did with them."""
+    """Two days of a log with text for ids, prepared with these, and what the ranks did with them."""
     out = tmp_path_factory.mktemp("dynamic")
     for day in (1, 2):
         log = make_log(seed=day)
         number = (log["item_id"].to_numpy() - 500) // 7 + NEW * (day - 1)
         log = log.set_column(1, "item_id", pa.array([f"item {each}" for each in number]))
         pq.write_table(log, out / f"log {day}.parquet")
-        prepare(PrepareConfig(str(out / f"log {day}.parquet"), str(out / f"day {day}"), min_item_events=1), progress=len)
+        prepare(PrepareConfig(str(out / f"log {day}.parquet"), str(out / f"day {day}"), ids="raw"), progress=len)
     command = [sys.executable, "-m", "tests.dynamic_ranks", str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
@@ -121,11 +121,15 @@ def replay(dataset: SequenceDataset, steps: list[tuple[int, int]]) -> list[IdMap
     """The map after every step of a run: steps of so many ranks, each from so many batches of the epoch on."""
     batches = TrainingBatches(*dataset.train_sequences(), 20, 128, seed=0)
     parts = [batch.item_ids.numpy() for batch in batches.epoch(0)]
-    id_map = IdMap(dataset.vocabulary, VocabularyConfig(CAPACITY, ADMIT_AFTER, evict_ratio=1))
+    id_map = IdMap("string", VocabularyConfig(CAPACITY, admit_after=ADMIT_AFTER, evict_ratio=1))
+    keys = id_map.keys_of(dataset.vocabulary.item_ids)
+    names = dict(zip(keys.tolist(), dataset.vocabulary.item_ids.to_pylist(), strict=True))
     tables = []
     for step, (first, size) in enumerate(steps):
         if first < len(parts):
-            id_map.update(*np.unique(np.concatenate(parts[first : first + size]), return_counts=True), step)
+            seen = keys[np.concatenate(parts[first : first + size])]
+            changes = id_map.update(*np.unique(seen, return_counts=True), step)
+            id_map.name(changes.rows, pa.array([names[key] for key in id_map.keys[changes.rows].tolist()], pa.string()))
         tables.append(id_map.to_table())
     return tables
 
@@ -298,11 +302,13 @@ def test_what_cannot_be_had_is_refused(overrides, reason):
 
 def test_runs_of_another_kind_are_refused(ranks, tmp_path):
     """A dense run does not start from a dynamic one, nor the other way round; another capacity, or no item, is an error too."""
-    dense = ["output=" + str(tmp_path / "dense"), f"data.path={ranks / 'day 1'}", *SMALL, *SMALL_ENCODER, "trainer.max_steps=1"]
+    prepare(PrepareConfig(str(ranks / "log 1.parquet"), str(tmp_path / "day 1")), progress=len)
+    dense = [f"output={tmp_path / 'dense'}", f"data.path={tmp_path / 'day 1'}", *SMALL, *SMALL_ENCODER, "trainer.max_steps=1"]
     train(compose("train", TrainConfig, dense))
 
     def refused(*overrides: str) -> str:
-        fixed = [f"data.path={ranks / 'day 2'}", *SMALL, *SMALL_ENCODER]
+        path = ranks / "day 2" if VOCABULARY[0] in overrides else tmp_path / "day 1"
+        fixed = [f"data.path={path}", *SMALL, *SMALL_ENCODER]
         with pytest.raises(InputError) as raised:
             train(compose("train", TrainConfig, [f"output={tmp_path / 'refused'}", *fixed, *overrides]))
         return str(raised.value)

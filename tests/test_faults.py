@@ -146,7 +146,7 @@ def test_old_checkpoints_that_cannot_be_removed_spoil_no_new_one(dataset_dir, tm
     assert "old checkpoints could not be removed" in capfd.readouterr().err
 
 
-def test_other_batches_begin_the_epoch_anew_without_a_validation(dataset_dir, tmp_path):
+def test_an_epoch_that_goes_on_with_other_batches_is_validated_at_its_end(dataset_dir, tmp_path):
     with trainer_of(dataset_dir, tmp_path / "run", "trainer.max_steps=2", "trainer.checkpoint_every_steps=2") as trainer:
         trainer.fit()
     with process_group("cpu") as device:
@@ -183,7 +183,7 @@ def test_checkpoints_of_an_older_version_are_read(run_dir, tmp_path):
     (tmp_path / "progress.json").write_text(json.dumps(older))
     state = read_state(tmp_path)
     assert state.value == fields["best_value"]
-    assert state.batches_in_epoch == 0
+    assert state.batches_in_epoch == 7
 
 
 def test_the_run_log_drops_what_a_resumed_run_does_again(tmp_path):
@@ -254,7 +254,8 @@ def test_a_run_that_goes_bad_names_step_users_items_and_the_last_good_checkpoint
     assert number == step == (1 if limit else 2)  # the first step spoils the weights
     assert found[3] == limit
     dataset = SequenceDataset.open(dataset_dir)
-    batch, sequences = TrainingBatches(*dataset.train_sequences(), 20, 128, seed=0).look_up(0, number - 1)
+    batches = TrainingBatches(*dataset.train_sequences(), 20, 128, seed=0)
+    batch, sequences = batches.look_up(0, *batches.bounds(0)[number - 1 : number + 1])
     users = re.search(r"users (.*?) and \d+ more", result.stderr)[1].split(", ")
     items = re.search(r"and items (.*?) and \d+ more", result.stderr)[1].split(", ")
     assert len(users) == len(items) == 5

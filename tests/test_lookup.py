@@ -55,6 +55,6 @@ def test_a_part_of_an_array_of_texts():
 
 def test_texts_with_one_hash_are_still_told_apart(monkeypatch):
     """Neither two ids of the list, nor an id of the list and a text that is not in it."""
-    monkeypatch.setattr(lookup, "_hashes", lambda texts, longest: np.zeros(len(texts), dtype=np.uint64))
+    monkeypatch.setattr(lookup, "hash_texts", lambda texts, longest, mix: np.zeros(len(texts), dtype=np.uint64))
     check_texts(["a", "b"], ["b", "c", "a", None])
     check_texts(["a"], ["b", "a", None])

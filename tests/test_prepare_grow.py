@@ -161,10 +161,20 @@ def test_a_new_day_of_other_types_is_refused(tmp_path, row, message):
     assert sorted(os.listdir(tmp_path)) == ["1", "2", "base"]
 
 
-def test_whole_numbers_of_no_known_unit_are_refused(tmp_path):
+@pytest.mark.parametrize("as_text", [False, True])
+def test_whole_numbers_of_no_known_unit_are_refused(tmp_path, as_text):
+    """After a base of timestamps, in parquet or as text; dates and seconds with a fraction go on."""
     write_day(tmp_path / "log/1", [(1, 2, 3)], timestamp=pa.array([3], pa.timestamp("us")))
     write_day(tmp_path / "log/2", [(1, 2, 4)])
+    if as_text:
+        text_log(tmp_path / "log/2", "1,2,4")
     run(tmp_path / "log/1", tmp_path / "base", **LOOSE)
+    text_log(tmp_path / "log/3", "1,2,1970-01-01 00:00:01", "1,2,1970-01-03")
+    dates = run(tmp_path / "log/3", tmp_path / "dates", base=str(tmp_path / "base"), **LOOSE)
+    assert rows_of(tmp_path / "dates")[0]["timestamps"] == [3, 10**6, 2 * 86_400 * 10**6]
+    assert "times_were_seconds" not in dates
+    text_log(tmp_path / "log/4", "1,2,4.5")
+    assert run(tmp_path / "log/4", tmp_path / "seconds", base=str(tmp_path / "dates"), **LOOSE)["times_were_seconds"]
     with pytest.raises(InputError, match=r"is as_given \(whole numbers, .*; write timestamps\), but the dataset's is microsec"):
         run(tmp_path / "log/2", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
 
@@ -191,7 +201,27 @@ def test_what_cannot_be_a_base(tmp_path):
     with pytest.raises(InputError, match=r"base/rare.parquet' cannot be read: .*; copy or prepare the dataset again"):
         run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
     rare.write_bytes(whole)
+    manifest = (tmp_path / "base/manifest.json").read_text()
+    for change, message in (
+        ({"set_aside": {"rare_item": 2}, "rows_in": 3}, r"base/rare.parquet' holds 0 events, the manifest says 2; copy or"),
+        (
+            {"num_events": 3, "rows_in": 3},
+            r"base/manifest.json' counts 3 events, its parts hold 1; copy or prepare the base again",
+        ),
+        ({"rows_in": 9}, r"base/manifest.json' counts 9 rows, but events and rows set aside add up to 1"),
+    ):
+        (tmp_path / "base/manifest.json").write_text(json.dumps(json.loads(manifest) | change))
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
+    (tmp_path / "base/manifest.json").write_text(manifest)
     part = pq.read_table(tmp_path / "base/sequences/part-00000.parquet")
+    items = pa.array([[7]], pa.list_(pa.int64()))
+    pq.write_table(part.set_column(1, "items", items), tmp_path / "base/sequences/part-00000.parquet")
+    with pytest.raises(InputError, match=r"part-00000.parquet' holds item index 7 \(user 1, row 1\), which is not in \[0, 1\)"):
+        run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
+    pq.write_table(pa.concat_tables([part, part]), tmp_path / "base/sequences/part-00000.parquet")
+    with pytest.raises(InputError, match=r"part-00000.parquet' holds 2 users with 2 events, the manifest says 1 with 1"):
+        run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)
     pq.write_table(part.drop(["positions"]), tmp_path / "base/sequences/part-00000.parquet")
     with pytest.raises(InputError, match=r"has no column 'positions' in '.*part-00000.parquet'"):
         run(tmp_path / "log", tmp_path / "grown", base=str(tmp_path / "base"), **LOOSE)

@@ -177,15 +177,32 @@ def test_resume_needs_a_run(dataset_dir, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_resume_with_other_batches_starts_the_epoch_anew(dataset_dir, tmp_path):
-    arguments = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
-    run_program("train", *arguments, "trainer.max_steps=3")
-    run_program("train", *arguments, "trainer.batch_targets=512", "trainer.max_epochs=1", "trainer.resume=true")
+def test_resume_with_other_batches_goes_on_where_the_epoch_was(dataset_dir, tmp_path):
     from glintru_rec.data.batches import TrainingBatches
     from glintru_rec.data.dataset import SequenceDataset
+    from glintru_rec.programs.train import train
 
-    batches = TrainingBatches(*SequenceDataset.open(dataset_dir).train_sequences(), 20, 512, seed=0)
-    assert losses(tmp_path / "run")[-1][0] == 3 + batches.num_steps(0)
+    def go_on(*overrides: str) -> None:
+        fixed = [f"data.path={dataset_dir}", f"output={tmp_path / 'run'}", *SMALL, "trainer.log_every_steps=1"]
+        assert train(compose("train", TrainConfig, [*fixed, "trainer.resume=true", *overrides])) == 0
+
+    go_on("trainer.max_steps=3")
+    with pytest.raises(
+        InputError, match=r"was written within epoch 1, whose order of reading .* now \(trainer.seed, data.\* or"
+    ):
+        go_on("trainer.seed=1")
+    go_on("trainer.batch_targets=512", "trainer.max_epochs=1")
+    items, offsets = SequenceDataset.open(dataset_dir).train_sequences()
+    before = TrainingBatches(items, offsets, 20, 128, seed=0)
+    for _ in zip(before.epoch(0), range(3)):
+        pass
+    rest = TrainingBatches(items, offsets, 20, 512, seed=0).num_steps(0, before.place)
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 3 + rest + 1))
+    num_targets = sum(record["num_targets"] for record in records(tmp_path / "run"))
+    assert num_targets == items.size - (np.diff(offsets) > 0).sum()  # each once
+    go_on(
+        "trainer.seed=1", "trainer.max_epochs=2", "trainer.max_steps=15"
+    )  # between epochs there is nothing to skip or to repeat
 
 
 def test_half_written_checkpoint_is_not_taken(dataset_dir, tmp_path):

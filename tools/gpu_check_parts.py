@@ -290,17 +290,21 @@ class training:
         self.overrides = ["data.path=.", "output=" + tempfile.mkdtemp(), *overrides]
 
     def __enter__(self) -> "training":
+        import pyarrow as pa
+
         from glintru_rec.config import compose
         from glintru_rec.data.dataset import SequenceDataset
+        from glintru_rec.data.vocabulary import Vocabulary
         from glintru_rec.training.config import TrainConfig
         from glintru_rec.training.processes import process_group
         from glintru_rec.training.trainer import Trainer
 
         # Items are their own indices: there is no vocabulary to hold.
+        nothing = Vocabulary(pa.array([], pa.int64()), np.zeros(0, np.int64))
         in_memory: Any = type("InMemory", (SequenceDataset,), {"num_items": self.num_items})
         self.group = process_group(self.device)
         device = self.group.__enter__()
-        dataset = in_memory({"vocabulary_sha256": ""}, None, None, *self.sequences)
+        dataset = in_memory({"vocabulary_sha256": ""}, nothing, None, *self.sequences)
         self.trainer = Trainer(compose("train", TrainConfig, self.overrides), dataset, device)
         self.trainer.begin_epoch()
         self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)

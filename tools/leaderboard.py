@@ -33,7 +33,7 @@ from leaderboard_table import build_row, draw, drawn_rows, to_markdown
 
 import glintru_rec
 from glintru_rec.config import check, from_yaml
-from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset import SequenceDataset, is_raw
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json, write_text
 from glintru_rec.progress import format_seconds
@@ -216,6 +216,8 @@ def leaderboard(list_file: Path, overrides: list[str], table_only: bool) -> int:
     jobs, output = _integers("jobs", own.get("jobs", "1")), Path(own["output"])
     check("jobs", own.get("jobs"), len(jobs) == 1 and jobs[0] >= 1, "a number of at least 1")
     manifest = SequenceDataset.open(own["data.path"]).manifest
+    if is_raw(manifest):
+        raise InputError(f"data.path={own['data.path']} was prepared with ids=raw: nobody knows its catalog; give ids=dense")
     pairs = plan(listed, seeds, common, own["data.path"], output)
     dataset = {"path": own["data.path"], **{key: manifest[key] for key in ("num_users", "num_items", "num_events")}}
     check_runs(pairs, manifest["vocabulary_sha256"])

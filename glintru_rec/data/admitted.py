@@ -7,6 +7,7 @@ vocabulary lacks: the items around it follow one another.
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from glintru_rec.data.batches import Batch
@@ -15,26 +16,27 @@ from glintru_rec.data.id_map import NO_ROW, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
 
+# Ids that are looked up at a time: a dataset in memory may have many.
+_IDS_AT_ONCE = 1 << 16
 
-def known_items(items: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+
+def known_items(rows: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Leave out the items that have no row.
 
     Args:
-        items: keys, sequence after sequence, int64 ``[T]``.
+        rows: of the items, sequence after sequence, `NO_ROW` for some, int64 ``[T]``.
         offsets: int64 ``[B + 1]``.
-        rows: of each key, int64 ``[U]``.
 
     Returns:
         The rows of the others, int64 ``[K]``, and their offsets, int64 ``[B + 1]``.
     """
-    found = rows[items]
-    is_known = found != NO_ROW
-    return found[is_known], np.concatenate([[0], np.cumsum(is_known)])[offsets]
+    is_known = rows != NO_ROW
+    return rows[is_known], np.concatenate([[0], np.cumsum(is_known)])[offsets]
 
 
-def known_batch(batch: Batch, rows: np.ndarray) -> Batch:
-    """Make a batch of rows of one of keys; sequences that no two known items are left of are left out."""
-    found, offsets = known_items(batch.item_ids.numpy(), batch.offsets.numpy(), rows)
+def known_batch(rows: np.ndarray, offsets: np.ndarray) -> Batch:
+    """Make a batch of known items (see `known_items`); sequences that no two of them are left of are left out."""
+    found, offsets = known_items(rows, offsets)
     lengths = np.diff(offsets)
     is_kept = lengths >= 2
     kept = found[np.repeat(is_kept, lengths)]
@@ -45,8 +47,8 @@ class AdmittedDataset:
     """The held-out cases of a dataset, for a model with an id map.
 
     Args:
-        dataset: whose vocabulary gave the map its keys.
-        id_map: as it is now.
+        dataset: of raw ids, or any other.
+        id_map: as it is now; it must stay so.
 
     Attributes:
         num_items: items admitted.
@@ -58,7 +60,7 @@ class AdmittedDataset:
     def __init__(self, dataset: SequenceDataset | RowGroupDataset, id_map: IdMap):
         if not id_map.num_items:
             raise InputError(f"no item was seen vocabulary.admit_after={id_map.config.admit_after} times: lower it")
-        self.dataset, self.rows, self.num_items = dataset, id_map.rows[: dataset.num_items].copy(), id_map.num_items
+        self.dataset, self.id_map, self.num_items = dataset, id_map, id_map.num_items
 
     @property
     def num_cases(self) -> int:
@@ -68,11 +70,20 @@ class AdmittedDataset:
     def case_blocks(self, split: str) -> Iterator[EvalCases]:
         """Give the cases of a split as the dataset does: histories of known items, maybe empty; -1 for an unknown target."""
         for cases in self.dataset.case_blocks(split):
-            items, offsets = known_items(cases.history_items, cases.history_offsets, self.rows)
-            yield EvalCases(items, offsets, self.rows[cases.targets], cases.user_index)
+            assert cases.ids is not None, "a dataset gives them"
+            rows = self._rows_of(cases.ids)
+            items, offsets = known_items(rows[cases.history_items], cases.history_offsets)
+            yield EvalCases(items, offsets, rows[cases.targets], cases.user_index)
 
     def train_counts(self) -> np.ndarray:
         """Count the training events of every row in use: int64 ``[num_items]``."""
-        counts, is_known = np.zeros(self.num_items, np.int64), self.rows != NO_ROW
-        counts[self.rows[is_known]] = self.dataset.train_counts()[is_known]
+        counts = np.zeros(self.num_items, np.int64)
+        for block in self.dataset.train_blocks():
+            rows = self._rows_of(block.vocabulary.item_ids)
+            counts[rows[rows != NO_ROW]] += block.train_counts()[rows != NO_ROW]
         return counts
+
+    def _rows_of(self, ids: pa.Array) -> np.ndarray:
+        """Look up ids, each once: their rows, int64 ``[N]``."""
+        starts = range(0, len(ids), _IDS_AT_ONCE)
+        return np.concatenate([np.zeros(0, np.int64), *(self.id_map.find(ids.slice(at, _IDS_AT_ONCE)).rows for at in starts)])

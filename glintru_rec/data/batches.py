@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class Batch(NamedTuple):
     """int64 ``[B + 1]``."""
     side_ids: Tensor | None = None
     """Side features of the items' events, int64 ``[T, F]``; None where none are read."""
+    ids: pa.Array | None = None
+    """Original ids of which the items are the places; None where they are rows of a table."""
 
 
 class Place(NamedTuple):
@@ -33,7 +36,9 @@ class Place(NamedTuple):
     batches: int = 0
     """Batches done, of all ranks."""
     chunks: Sequence[Any] = ()
-    """Chunks begun and not done (`glintru_rec.data.reader_deal`); none where the dataset is in memory."""
+    """Chunks begun and not done: of each its number, how many of its windows are done and how many there are
+    (`glintru_rec.data.reader_deal.Chunk`). A dataset in memory is one chunk. The windows and their order follow from seed and
+    epoch, whatever the batches that they are packed into."""
     next_chunk: int = 0
     """The first chunk that nobody has begun."""
 
@@ -42,7 +47,7 @@ START = Place()
 
 
 class _Windows(NamedTuple):
-    """The windows of an epoch in their shuffled order, and which of them make a batch."""
+    """The windows of an epoch in their shuffled order."""
 
     starts: np.ndarray
     """Row of ``items`` where each starts."""
@@ -50,12 +55,8 @@ class _Windows(NamedTuple):
     """Its number of items."""
     backwards: np.ndarray
     """Whether it is read backwards."""
-    bounds: list[int]
-    """Batch i has the windows from ``bounds[i]`` up to ``bounds[i + 1]``."""
-
-    @property
-    def num_batches(self) -> int:
-        return len(self.bounds) - 1
+    sizes: np.ndarray
+    """The number of targets that it counts for in a batch, summed up to and with it."""
 
 
 class TrainingBatches:
@@ -63,8 +64,8 @@ class TrainingBatches:
 
     A sequence with more targets than ``max_seq_len`` is cut into windows that share their border item, so that every
     item but the first is a target exactly once an epoch; where the cuts fall changes from epoch to epoch. Everything
-    follows from (seed, epoch): a resumed run sees the batches that it would have seen, and ranks only deal them out: one
-    resumed on other ranks goes on with the epoch's next batch.
+    follows from (seed, epoch): a resumed run sees the batches that it would have seen. One resumed on other ranks, or with
+    batches of another size, goes on with the epoch's next window.
 
     Args:
         items: item ids of all training sequences, int64 ``[E]``.
@@ -73,7 +74,7 @@ class TrainingBatches:
         batch_targets: most targets in one rank's batch; at least ``max_seq_len``.
         seed: of the shuffle and the cuts.
         rank: of this process.
-        world_size: number of processes; batch i of the epoch goes to rank ``i % world_size``.
+        world_size: number of processes; batch i from the place where the epoch begins goes to rank ``i % world_size``.
         every_position: whether each item is a target (causal encoders). Otherwise an epoch has one target per
             sequence: the last item of a prefix whose end is drawn anew each epoch.
         reversed_share: share of the windows that are read backwards, drawn anew each epoch ...
@@ -81,10 +82,11 @@ class TrainingBatches:
             epochs after these teach the true order.
         stream: tells the randomness of these sequences from that of others with the same seed and epoch.
         side_ids: side features of the items' events, integers ``[E, F]``; None where none are read.
+        ids: original ids of which the items are the places; batches have them beside their items.
 
     Attributes:
         place: where the epoch stands once the batch that was given last is trained on.
-        given: that batch's number, for `look_up`.
+        given: the windows of that batch, the first and the one behind the last, for `look_up`.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class TrainingBatches:
         reversed_epochs: int = 0,
         stream: tuple[int, ...] = (),
         side_ids: np.ndarray | None = None,
+        ids: pa.Array | None = None,
     ):
         check("trainer.batch_targets", batch_targets, batch_targets >= 1, "at least 1")
         if batch_targets < max_seq_len and every_position:
@@ -109,12 +112,12 @@ class TrainingBatches:
                 "a window of one user would not fit into a batch"
             )
         self.items, self.offsets = items, offsets
-        self.side_ids = side_ids
+        self.side_ids, self.ids = side_ids, ids
         self.max_seq_len, self.batch_targets = max_seq_len, batch_targets
         self.seed, self.rank, self.world_size, self.every_position = seed, rank, world_size, every_position
         self.reversed_share, self.reversed_epochs = reversed_share, reversed_epochs
         self.stream = stream
-        self.place, self.given = START, (0,)
+        self.place, self.given = START, (0, 0)
         self.shuffled: tuple[int, _Windows] | None = None  # the windows of the epoch asked for last
         lengths = np.diff(offsets)
         self.starts, self.num_targets = offsets[:-1][lengths > 1], lengths[lengths > 1] - 1
@@ -122,8 +125,8 @@ class TrainingBatches:
             raise InputError("the dataset has no training sequence of two items or more")
 
     def fingerprint(self) -> str:
-        """Hash all that decides an epoch's batches; not the number of ranks, which only deals them out."""
-        decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position)
+        """Hash all that decides the order of an epoch's windows; not the size of batches, nor the number of ranks."""
+        decisive = (self.seed, self.max_seq_len, self.every_position)
         turned = (self.reversed_share, self.reversed_epochs)
         return hashlib.sha256(repr((*decisive, *turned, self.items.size, self.num_targets.size)).encode()).hexdigest()[:16]
 
@@ -132,31 +135,51 @@ class TrainingBatches:
 
         Where batches do not divide evenly among ranks, the last ones are empty.
         """
-        for number in range(place.batches, self.num_batches(epoch), self.world_size):
-            self.place, self.given = Place(number + self.world_size), (number + self.rank,)
-            yield self.batch(epoch, number + self.rank)
+        bounds = self.bounds(epoch, _windows_done(place))
+        last = len(bounds) - 1
+        for begin in range(0, last, self.world_size):
+            end = min(begin + self.world_size, last)
+            own = min(begin + self.rank, end)
+            self.place = Place(place.batches + end, ((0, bounds[end], bounds[-1]),), 1)
+            self.given = (bounds[own], bounds[min(own + 1, end)])
+            yield self.batch(epoch, *self.given)
 
-    def batch(self, epoch: int, number: int) -> Batch:
-        """Make batch ``number`` of an epoch, which is empty beyond the last."""
-        return self._collate(self._shuffle(epoch), number)
+    def bounds(self, epoch: int, first: int = 0) -> list[int]:
+        """Say where batches begin if they are packed from window ``first`` on: at windows, and last behind the last window.
 
-    def num_batches(self, epoch: int) -> int:
-        """Count the batches of an epoch, those of all ranks together."""
-        return self._shuffle(epoch).num_batches
+        Of any of these bounds on, the batches are the same.
+        """
+        sizes = self._shuffle(epoch).sizes
+        bounds, used = [first], sizes[first - 1] if first else 0
+        while bounds[-1] < sizes.size:
+            bounds.append(int(np.searchsorted(sizes, used + self.batch_targets, side="right")))
+            used = sizes[bounds[-1] - 1]
+        return bounds
+
+    def num_windows(self, epoch: int) -> int:
+        """Count the windows of an epoch."""
+        return self._shuffle(epoch).sizes.size
+
+    def num_batches(self, epoch: int, first: int = 0) -> int:
+        """Count the batches of an epoch from window ``first`` on, those of all ranks together."""
+        return len(self.bounds(epoch, first)) - 1
 
     def num_steps(self, epoch: int, place: Place = START) -> int:
         """Count the steps of an epoch from ``place`` on."""
-        return max(0, -(-(self.num_batches(epoch) - place.batches) // self.world_size))
+        return -(-self.num_batches(epoch, _windows_done(place)) // self.world_size)
 
     def share_done(self, epoch: int, place: Place) -> float:
-        """Give the share of an epoch that lies before ``place``, from 0 on."""
-        return place.batches / self.num_batches(epoch)
+        """Give the share of an epoch's windows that lies before ``place``, from 0 to 1."""
+        return _windows_done(place) / self.num_windows(epoch)
 
-    def look_up(self, epoch: int, number: int) -> tuple[Batch, np.ndarray]:
-        """Give batch ``number`` of an epoch, and which of the training sequences its members come from: int64 ``[B]``."""
-        windows = self._shuffle(epoch)
-        starts = windows.starts[windows.bounds[number] : windows.bounds[number + 1]]
-        return self.batch(epoch, number), np.searchsorted(self.offsets, starts, side="right") - 1
+    def look_up(self, epoch: int, first: int, stop: int) -> tuple[Batch, np.ndarray]:
+        """Give the batch of the windows from ``first`` up to ``stop``, and which of the training sequences they come from.
+
+        Returns:
+            The batch, and int64 ``[B]``.
+        """
+        starts = self._shuffle(epoch).starts[first:stop]
+        return self.batch(epoch, first, stop), np.searchsorted(self.offsets, starts, side="right") - 1
 
     def event_counts(self, num_items: int) -> np.ndarray:
         """Count the training events of every item: int64 ``[num_items]``."""
@@ -192,8 +215,8 @@ class TrainingBatches:
         order = rng.permutation(starts.size)
         starts, num_targets = starts[order], num_targets[order]
         backwards = rng.random(starts.size) < self._reversed_share(epoch)
-        bounds = self._pack(num_targets if self.every_position else np.ones_like(num_targets))
-        return _Windows(starts, num_targets + 1, backwards, bounds)
+        sizes = np.cumsum(num_targets if self.every_position else np.ones_like(num_targets))
+        return _Windows(starts, num_targets + 1, backwards, sizes)
 
     def _windows(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Cut all sequences: (row of ``items`` where each window starts, its number of targets)."""
@@ -212,23 +235,19 @@ class TrainingBatches:
         kept = np.minimum(target, self.max_seq_len)
         return self.starts + target - kept, kept
 
-    def _pack(self, sizes: np.ndarray) -> list[int]:
-        """Cut the shuffled windows into batches of at most ``batch_targets``: borders between windows."""
-        total = np.cumsum(sizes)
-        bounds, used = [0], 0
-        while bounds[-1] < sizes.size:
-            bounds.append(int(np.searchsorted(total, used + self.batch_targets, side="right")))
-            used = total[bounds[-1] - 1]
-        return bounds
-
-    def _collate(self, windows: _Windows, number: int) -> Batch:
-        """Make batch ``number``, which is empty beyond the epoch's last."""
-        first, last = (windows.bounds[min(place, windows.num_batches)] for place in (number, number + 1))
-        starts, lengths, backwards = windows.starts[first:last], windows.lengths[first:last], windows.backwards[first:last]
+    def batch(self, epoch: int, first: int, stop: int) -> Batch:
+        """Make the batch of the windows of an epoch from ``first`` up to ``stop``; empty where they are the same."""
+        windows = self._shuffle(epoch)
+        starts, lengths, backwards = (each[first:stop] for each in (windows.starts, windows.lengths, windows.backwards))
         offsets = np.zeros(lengths.size + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         place = np.where(np.repeat(backwards, lengths), np.repeat(lengths, lengths) - 1 - place, place)
         rows = np.repeat(starts, lengths) + place
         side_ids = None if self.side_ids is None else torch.from_numpy(self.side_ids[rows].astype(np.int64))
-        return Batch(torch.from_numpy(self.items[rows]), torch.from_numpy(offsets), side_ids)
+        return Batch(torch.from_numpy(self.items[rows]), torch.from_numpy(offsets), side_ids, self.ids)
+
+
+def _windows_done(place: Place) -> int:
+    """Count the windows that are done of an epoch of a dataset in memory."""
+    return place.chunks[0][1] if place.chunks else 0

@@ -4,7 +4,8 @@
 
     files --stage--> log (position, *_raw) --clean--> event (position, user_id, item_id, time, reason)
                                     earlier events --^  | reason IS NULL
-                                                        +--drop_rare--> kept (position, user_key, item_key, time)
+                                                        +--drop_rare--> kept (position, user_key, item_key, time), or with
+                                                                        raw ids (position, user_key, item_id, time)
 
 ``position`` numbers the rows of the log, over all its files. It is a row's name everywhere below, and what breaks ties in time.
 """
@@ -41,11 +42,13 @@ class Cleaned:
         user_type: ``int64`` or ``string``.
         item_type: ``int64`` or ``string``.
         time_unit: ``as_given`` (the log's own whole numbers) or ``microseconds``.
+        were_seconds: the microseconds were numbers with a fraction, and so seconds, in this log or one before it.
     """
 
     user_type: str
     item_type: str
     time_unit: str
+    were_seconds: bool = False
 
 
 def stage(engine: Engine, files: Sequence[LogFile], names: LogColumns, first: int = 0) -> Columns:
@@ -106,8 +109,9 @@ def clean(
     parse = files[0].format is not Format.PARQUET  # parquet says itself what is a string
     user_type = _id_type(engine, "user", names.user, columns[0], parse, expected.user_type if expected else "")
     item_type = _id_type(engine, "item", names.item, columns[1], parse, expected.item_type if expected else "")
-    time, time_unit = _time(engine, columns[2], expected.time_unit if expected else "")
-    cleaned = Cleaned(user_type, item_type, time_unit)
+    are_seconds = expected is not None and expected.were_seconds
+    time, time_unit, were_seconds = _time(engine, columns[2], are_seconds)
+    cleaned = Cleaned(user_type, item_type, time_unit, were_seconds or are_seconds)
     if expected is not None:
         _check_expected(files, names, cleaned, expected)
     union = f"UNION ALL SELECT position, time, user_id, item_id, CAST(NULL AS STRING) FROM ({earlier})" if earlier else ""
@@ -128,29 +132,37 @@ def clean(
     return cleaned
 
 
-def drop_rare(engine: Engine, min_user_events: int, min_item_events: int) -> dict[str, int]:
+def drop_rare(engine: Engine, min_user_events: int, min_item_events: int, raw: bool = False) -> dict[str, int]:
     """Keep the largest set of events whose users and items all have enough of them: the table ``kept``.
 
     A key is the position where its user or item first appears among the clean rows, so that keys sort as the log does.
 
+    Args:
+        engine: with the table ``event``.
+        min_user_events: the fewest events of a user.
+        min_item_events: of an item.
+        raw: items keep their ids, get no keys, and none is rare.
+
     Returns:
         The number of events lost, by reason.
     """
-    for role in ("user", "item"):
+    least_of = {"user": min_user_events} if raw else {"user": min_user_events, "item": min_item_events}
+    for role in least_of:
         engine.create(
             f"{role}_name",
             f"SELECT {role}_id, min(position) AS {role}_key FROM event WHERE reason IS NULL GROUP BY {role}_id",
         )
+    item, names = ("item_id", "") if raw else ("item_key", "JOIN item_name USING (item_id)")
     engine.create(
         "kept",
-        """
-        SELECT position, user_key, item_key, time
-        FROM event JOIN user_name USING (user_id) JOIN item_name USING (item_id) WHERE reason IS NULL""",
+        f"""
+        SELECT position, user_key, {item}, time
+        FROM event JOIN user_name USING (user_id) {names} WHERE reason IS NULL""",
     )
     lost = {"rare_user": 0, "rare_item": 0}
     while True:
         before = sum(lost.values())
-        for role, least in (("user", min_user_events), ("item", min_item_events)):
+        for role, least in least_of.items():
             rare = f"SELECT {role}_key FROM kept GROUP BY {role}_key HAVING count(*) < {least}"
             lost[f"rare_{role}"] += engine.remove("kept", f"{role}_key", rare)
         if sum(lost.values()) == before:
@@ -254,17 +266,17 @@ def _id_reasons(role: str, column: RawColumn, id_type: str) -> str:
     return reasons
 
 
-def _time(engine: Engine, column: RawColumn, expected: str) -> tuple[str, str]:
-    """Write the expression that gives a row's time as int64, NULL where it has none, and name its unit.
+def _time(engine: Engine, column: RawColumn, are_seconds: bool) -> tuple[str, str, bool]:
+    """Write the expression that gives a row's time as int64, NULL where it has none; name its unit, and say if it was seconds.
 
     Whole numbers stay as they are. If one number of the log has a fraction, all are seconds and become microseconds, rounded;
-    so they are where microseconds are ``expected``. Text is read as numbers or as ISO dates, whichever most rows allow; dates
-    without a zone are in UTC.
+    so they are, but for a column of integers, where ``are_seconds`` says it. Text is read as numbers or as ISO dates, whichever
+    most rows allow; dates without a zone are in UTC.
     """
     if column.kind == "timestamp":
-        return "time_raw", "microseconds"
+        return "time_raw", "microseconds", False
     if column.kind == "integer":
-        return "TRY_CAST(time_raw AS BIGINT)", "as_given"
+        return "TRY_CAST(time_raw AS BIGINT)", "as_given", False
     if column.kind == "text":
         text = "trim(time_raw)"
         # A decimal is exact, and wide enough for int64.
@@ -272,10 +284,11 @@ def _time(engine: Engine, column: RawColumn, expected: str) -> tuple[str, str]:
         date = f"CASE WHEN matches({text}, '{_TIME}') THEN micros(replace({text}, '/', '-')) END"
         numbers, dates = engine.rows(f"SELECT count({number}), count({date}) FROM log")[0]
         if dates > numbers:
-            return date, "microseconds"
+            return date, "microseconds", False
     else:
         number = "CASE WHEN abs(time_raw) < 9.2e18 THEN time_raw END"  # no NaN, nor what int64 cannot hold
     num_fractions = f"SELECT count(*) FROM (SELECT {number} AS number FROM log) WHERE number % 1 <> 0"
-    if expected != "microseconds" and fetch_one(engine, num_fractions) == 0:
-        return f"TRY_CAST({number} AS BIGINT)", "as_given"
-    return f"TRY_CAST(CASE WHEN abs({number}) < {_MAX_SECONDS} THEN round(({number}) * 1000000) END AS BIGINT)", "microseconds"
+    if not are_seconds and fetch_one(engine, num_fractions) == 0:
+        return f"TRY_CAST({number} AS BIGINT)", "as_given", False
+    micros = f"TRY_CAST(CASE WHEN abs({number}) < {_MAX_SECONDS} THEN round(({number}) * 1000000) END AS BIGINT)"
+    return micros, "microseconds", True

@@ -11,6 +11,9 @@
     rare.parquet                     position, user_id, item_id, timestamp of the events of rare users and items
     set_aside.parquet                every row of the log that could not be used, with its reason
 
+Prepared with ``ids=raw``, a dataset has no vocabulary: the items of its sequences are ids as the log has them, int64 or
+strings. Where some of its sequences are in memory, their items are places in a list of just their ids.
+
 Leave-one-out, for a user with events ``a b c d e``: train ``a b c``, validation target ``d``, test target ``e``. A user with
 fewer than three events is for training only.
 
@@ -43,6 +46,7 @@ SET_ASIDE_FILE = "set_aside.parquet"
 SIDE_TYPE = pa.int16()
 MIN_EVENTS_TO_SPLIT = 3
 _KINDS = {"vocabulary_sha256": str, "num_users": int, "num_items": int, "num_events": int, "parts": list}
+_RAW_KINDS = {"sequences_sha256": str, "num_users": int, "item_id_type": str, "num_events": int, "parts": list}
 _PART_KINDS = {"file": str, "num_users": int, "num_events": int}
 _HISTORIES_PER_WRITE = 1 << 16
 
@@ -57,6 +61,7 @@ class EvalCases:
         targets: the items that followed, int64 ``[C]``; -1 where the model does not know it (see `glintru_rec.data.admitted`).
         user_index: the place of each case's user in the dataset, int64 ``[C]``, ascending.
         history_side: side features of the histories' events, int16 ``[T, F]``; None where none were read.
+        ids: original ids of which items are the places; None where they are rows of a table.
     """
 
     history_items: np.ndarray
@@ -64,6 +69,7 @@ class EvalCases:
     targets: np.ndarray
     user_index: np.ndarray
     history_side: np.ndarray | None = None
+    ids: pa.Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class SequenceDataset:
 
     Attributes:
         manifest: what ``manifest.json`` holds.
-        vocabulary: original item id ↔ index; its fingerprint is the manifest's.
+        vocabulary: original item id ↔ index; its fingerprint is the manifest's. Of raw ids, those of these very sequences.
         user_ids: original user ids ``[U]``, int64 or string.
         items: vocabulary indices of all users, one after the other, in time order, int64 ``[E]``, all in ``[0, V)``.
         offsets: where each user starts in ``items``, int64 ``[U + 1]``, from 0 to E.
@@ -102,15 +108,18 @@ class SequenceDataset:
         path = Path(path)
         manifest = read_manifest(path)
         vocabulary, side = read_vocabulary(path, manifest), SideVocabulary.load(path).choose(side_features)
-        parts = [_read_part(path / part["file"], part, vocabulary.num_items, side) for part in manifest["parts"]]
+        parts = [_read_part(path / part["file"], part, manifest, vocabulary, side) for part in manifest["parts"]]
         return cls.join(manifest, vocabulary, parts, side)
 
     @classmethod
     def join(
         cls, manifest: dict[str, Any], vocabulary: Vocabulary, parts: "list[Sequences]", side: SideVocabulary = NO_SIDE
     ) -> "SequenceDataset":
-        """Make a dataset of some sequences, one part after the other."""
-        user_ids, lengths, items, side_ids = zip(*parts)
+        """Make a dataset of some sequences, one part after the other; of raw ids, ``vocabulary`` is not looked at."""
+        user_ids, lengths, places, side_ids, ids = zip(*parts)
+        items: Sequence[np.ndarray] = places
+        if is_raw(manifest):
+            vocabulary, items = _number_ids(ids, places)
         return cls(
             manifest,
             vocabulary,
@@ -149,6 +158,10 @@ class SequenceDataset:
         """Give the side features of the events of `train_sequences`: int16 ``[T, F]``; None where none were read."""
         return None if self.side_ids is None else self.side_ids[self._is_first(self._train_lengths())]
 
+    def train_blocks(self) -> "Iterator[SequenceDataset]":
+        """Give the dataset in parts that are in memory: itself."""
+        yield self
+
     def train_counts(self) -> np.ndarray:
         """Count the training events of every item: int64 ``[V]``."""
         return np.bincount(self.train_sequences()[0], minlength=self.num_items)
@@ -173,6 +186,7 @@ class SequenceDataset:
             targets=self.items[self.offsets[user_index + 1] - held_out],
             user_index=user_index,
             history_side=None if self.side_ids is None else self.side_ids[in_history],
+            ids=self.vocabulary.item_ids,
         )
 
     def case_blocks(self, split: str) -> Iterator[EvalCases]:
@@ -261,19 +275,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{str(file)!r} has schema version {version!r}, this program reads {SCHEMA_VERSION}; prepare the dataset again"
         )
-    wrong = wrong_keys(manifest, _KINDS)
+    wrong = wrong_keys(manifest, _RAW_KINDS if is_raw(manifest) else _KINDS)
+    if is_raw(manifest) and not wrong and manifest["item_id_type"] not in ("int64", "string"):
+        wrong = ["item_id_type"]
     if wrong or not all(isinstance(part, dict) and not wrong_keys(part, _PART_KINDS) for part in manifest["parts"]):
         named = ", ".join(map(repr, wrong or ["parts"]))
         raise InputError(f"{str(file)!r} lacks {named}, or has values of another kind there; prepare the dataset again")
     return manifest
 
 
+def is_raw(manifest: dict[str, Any]) -> bool:
+    """Whether a dataset's items are ids as the log has them, not indices."""
+    return manifest.get("ids") == "raw"
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """Give the checksum of what items mean in a dataset: of its vocabulary, or where it has raw ids of its sequences."""
+    return manifest["sequences_sha256" if is_raw(manifest) else "vocabulary_sha256"]
+
+
 def read_vocabulary(path: Path, manifest: dict[str, Any]) -> Vocabulary:
-    """Read the vocabulary of the dataset at ``path``.
+    """Read the vocabulary of the dataset at ``path``; give one without items where it has raw ids.
 
     Raises:
         InputError: it is missing or damaged, or belongs to another dataset.
     """
+    if is_raw(manifest):
+        return Vocabulary(pa.array([], manifest["item_id_type"]), np.zeros(0, np.int64))
     vocabulary = Vocabulary.load(path / VOCABULARY_FILE)
     if vocabulary.sha256 != manifest["vocabulary_sha256"]:
         raise InputError(
@@ -291,9 +319,11 @@ class Sequences(NamedTuple):
     lengths: np.ndarray
     """Number of events of each, int64 ``[U]``."""
     items: np.ndarray
-    """Vocabulary indices of all, int64 ``[E]``."""
+    """Vocabulary indices of all, or places in ``ids``, int64 ``[E]``."""
     side_ids: np.ndarray
     """Side features of all, int16 ``[E, F]``."""
+    ids: pa.Array | None = None
+    """Where they are raw, the ids of all, each once."""
 
 
 def columns_of(side: SideVocabulary) -> list[str]:
@@ -301,9 +331,11 @@ def columns_of(side: SideVocabulary) -> list[str]:
     return ["user_id", "items", *map(side_column, side.names)]
 
 
-def _read_part(file: Path, part: dict[str, Any], num_items: int, side: SideVocabulary) -> Sequences:
+def _read_part(
+    file: Path, part: dict[str, Any], manifest: dict[str, Any], vocabulary: Vocabulary, side: SideVocabulary
+) -> Sequences:
     with reading_part(file):
-        sequences = check_sequences(pq.read_table(file, columns=columns_of(side)), file, num_items, side)
+        sequences = check_sequences(pq.read_table(file, columns=columns_of(side)), file, manifest, vocabulary, side)
     check_part(file, part, len(sequences.user_ids), len(sequences.items))
     return sequences
 
@@ -329,19 +361,29 @@ def check_part(file: Path, part: dict[str, Any], num_users: int, num_events: int
 
 
 def check_sequences(
-    table: pa.Table, file: Path, num_items: int, side: SideVocabulary = NO_SIDE, first_row: int = 0
+    table: pa.Table,
+    file: Path,
+    manifest: dict[str, Any],
+    vocabulary: Vocabulary,
+    side: SideVocabulary = NO_SIDE,
+    first_row: int = 0,
 ) -> Sequences:
     """Take the columns ``user_id``, ``items`` and side features of a part apart, or of its rows from ``first_row`` on.
 
     Raises:
-        InputError: a value is null, or no index of the vocabulary.
+        InputError: a value is null, or no index of the vocabulary, or no raw id of the dataset's type.
     """
     users, sequences = (column.combine_chunks() for column in table.select(["user_id", "items"]).columns)
     items = sequences.flatten()
-    if items.type != pa.int64() or items.null_count or sequences.null_count or users.null_count:
-        raise InputError(f"{str(file)!r} holds nulls, or items that are {items.type}, not int64; prepare the dataset again")
+    kind = vocabulary.id_type if is_raw(manifest) else "int64"
+    if str(items.type) != kind or items.null_count or sequences.null_count or users.null_count:
+        raise InputError(f"{str(file)!r} holds nulls, or items that are {items.type}, not {kind}; prepare the dataset again")
     lengths = pc.list_value_length(sequences).to_numpy().astype(np.int64)
-    indices = items.to_numpy()
+    if is_raw(manifest):
+        raw = items.dictionary_encode()
+        places = raw.indices.to_numpy().astype(np.int64)
+        return Sequences(users, lengths, places, _side_ids(table, file, side, len(places)), raw.dictionary)
+    indices, num_items = items.to_numpy(), vocabulary.num_items
     outside = np.flatnonzero((indices < 0) | (indices >= num_items))
     if len(outside):
         row = int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))
@@ -350,6 +392,15 @@ def check_sequences(
             f"which is not in [0, {num_items}); prepare the dataset again"
         )
     return Sequences(users, lengths, indices, _side_ids(table, file, side, len(indices)))
+
+
+def _number_ids(ids: Sequence[pa.Array], places: Sequence[np.ndarray]) -> tuple[Vocabulary, list[np.ndarray]]:
+    """Join the ids of several parts, and say of each part's items where they are in all parts' ids."""
+    joined = pa.chunked_array(ids).dictionary_encode().combine_chunks()
+    ends = np.cumsum([len(each) for each in ids])[:-1]
+    numbers = np.split(joined.indices.to_numpy().astype(np.int64), ends)
+    items = [of_part[own] for of_part, own in zip(numbers, places, strict=True)]
+    return Vocabulary(joined.dictionary, np.bincount(np.concatenate(items), minlength=len(joined.dictionary))), items
 
 
 def _side_ids(table: pa.Table, file: Path, side: SideVocabulary, num_events: int) -> np.ndarray:

@@ -14,14 +14,17 @@ import pyarrow.parquet as pq
 
 from glintru_rec.data.cleaning import Cleaned
 from glintru_rec.data.dataset import (
+    MANIFEST_FILE,
     RARE_FILE,
     SET_ASIDE_FILE,
     VOCABULARY_FILE,
+    is_raw,
     read_manifest,
     read_vocabulary,
     reading_part,
 )
 from glintru_rec.data.engine import Engine, fetch_one
+from glintru_rec.data.reader_dataset import RowGroupDataset, list_row_groups
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 
@@ -33,7 +36,7 @@ class Base:
     Attributes:
         path: its folder.
         manifest: what its ``manifest.json`` holds.
-        vocabulary: its items, whose indices stay.
+        vocabulary: its items, whose indices stay; without items where it has raw ids.
     """
 
     path: Path
@@ -41,17 +44,21 @@ class Base:
     vocabulary: Vocabulary
 
     @classmethod
-    def open(cls, path: Path, filters: dict[str, int]) -> "Base":
+    def open(cls, path: Path, filters: dict[str, int], raw: bool = False) -> "Base":
         """Open a dataset to append to.
 
         Args:
             path: its folder.
             filters: the least number of events of a user and of an item; the base's own.
+            raw: whether the dataset that comes of it has raw ids, as the base then must have.
 
         Raises:
-            InputError: no dataset, an incomplete or damaged one, or one of other filters.
+            InputError: no dataset, an incomplete or damaged one, or one of other filters or with ids of the other kind.
         """
         manifest = read_manifest(path)
+        if is_raw(manifest) != raw:
+            own, given = (f"ids={'raw' if kind else 'dense'}" for kind in (is_raw(manifest), raw))
+            raise InputError(f"base {str(path)!r} was prepared with {own}, not {given}; give the same value")
         files = [path / part["file"] for part in manifest["parts"]]
         files += [path / RARE_FILE, path / SET_ASIDE_FILE]
         missing = [file for file in files if not file.is_file()]
@@ -66,6 +73,14 @@ class Base:
         if manifest["filters"] != filters:
             given, own = (" ".join(f"{key}={value}" for key, value in each.items()) for each in (filters, manifest["filters"]))
             raise InputError(f"base {str(path)!r} was prepared with {own}, not {given}; give the same values")
+        for part in manifest["parts"]:
+            list_row_groups(path / part["file"], part)
+        accounted = manifest["num_events"] + sum(manifest["set_aside"].values())
+        if manifest["rows_in"] != accounted:
+            raise InputError(
+                f"{str(path / MANIFEST_FILE)!r} counts {manifest['rows_in']} rows, but events and rows set aside add up to "
+                f"{accounted}; copy or prepare the base again"
+            )
         return cls(path, manifest, read_vocabulary(path, manifest))
 
     @property
@@ -76,7 +91,8 @@ class Base:
     @property
     def types(self) -> Cleaned:
         """What its columns were read as; the new log's are read as the same."""
-        return Cleaned(*(self.manifest[key] for key in ("user_id_type", "item_id_type", "time_unit")))
+        user, item, time = (self.manifest[key] for key in ("user_id_type", "item_id_type", "time_unit"))
+        return Cleaned(user, item, time, self.manifest.get("times_were_seconds", False))
 
     @property
     def set_aside(self) -> dict[str, int]:
@@ -92,25 +108,49 @@ class Base:
         """
         parts = [self.path / part["file"] for part in self.manifest["parts"]]
         engine.open_parquet("base_sequence", parts, lists=("items", "timestamps", "positions"))
-        engine.open_parquet("base_item", [self.path / VOCABULARY_FILE])
         engine.open_parquet("base_rare", [self.path / RARE_FILE])
-        events = """
-            SELECT positions AS position, timestamps AS time, user_id, item_id
-            FROM base_sequence JOIN base_item ON base_sequence.items = base_item.index
-            UNION ALL SELECT position, base_rare.timestamp AS time, user_id, item_id FROM base_rare"""
-        return events, "SELECT item_id, base_item.index AS known_index FROM base_item"
+        item, vocabulary, items = "items AS item_id", "", ""
+        if not is_raw(self.manifest):
+            engine.open_parquet("base_item", [self.path / VOCABULARY_FILE])
+            item, vocabulary = "item_id", "JOIN base_item ON base_sequence.items = base_item.index"
+            items = "SELECT item_id, base_item.index AS known_index FROM base_item"
+        kept = f"SELECT positions AS position, timestamps AS time, user_id, {item} FROM base_sequence {vocabulary}"
+        events = f"{kept} UNION ALL SELECT position, base_rare.timestamp AS time, user_id, item_id FROM base_rare"
+        self._check_counts(engine, kept)
+        return events, items
 
-    def growth(self, engine: Engine, num_events: int, num_users: int, vocabulary: Vocabulary) -> dict[str, Any]:
+    def _check_counts(self, engine: Engine, kept: str) -> None:
+        """Raise an `InputError` unless the tables hold the events that the manifest counts."""
+        found = fetch_one(engine, f"SELECT count(*) FROM ({kept})")
+        if found != self.manifest["num_events"]:
+            for _ in RowGroupDataset.open(self.path, 1).train_blocks():
+                pass  # an item that the vocabulary lacks is named
+            raise InputError(
+                f"{str(self.path / MANIFEST_FILE)!r} counts {self.manifest['num_events']} events, its parts hold {found}; "
+                f"copy or prepare the base again"
+            )
+        num_rare = sum(self.manifest["set_aside"].get(reason, 0) for reason in ("rare_user", "rare_item"))
+        found = fetch_one(engine, "SELECT count(*) FROM base_rare")
+        if found != num_rare:
+            raise InputError(
+                f"{str(self.path / RARE_FILE)!r} holds {found} events, the manifest says {num_rare}; "
+                f"copy or prepare the base again"
+            )
+
+    def growth(self, engine: Engine, num_events: int, num_users: int, vocabulary: Vocabulary | None) -> dict[str, Any]:
         """Count what the new log changed, for the manifest.
 
         Args:
             engine: with the table ``kept``.
             num_events: of the grown dataset.
             num_users: of the grown dataset.
-            vocabulary: of the grown dataset.
+            vocabulary: of the grown dataset; None where it has raw ids.
         """
-        num_known = self.vocabulary.num_items
-        assert vocabulary.item_ids.slice(0, num_known).equals(self.vocabulary.item_ids), "old items keep their indices"
+        of_items = {}
+        if vocabulary is not None:
+            num_known = self.vocabulary.num_items
+            assert vocabulary.item_ids.slice(0, num_known).equals(self.vocabulary.item_ids), "old items keep their indices"
+            of_items = {"new_items": vocabulary.num_items - num_known, "base_vocabulary_sha256": self.vocabulary.sha256}
         is_new = f"position >= {self.num_rows}"
         new_events = fetch_one(engine, f"SELECT count(*) FROM kept WHERE {is_new}")
         late_events = f"""
@@ -118,12 +158,11 @@ class Base:
             AS base_user USING (user_key) WHERE {is_new} AND time < latest"""
         return {
             "base": str(self.path),
-            "base_vocabulary_sha256": self.vocabulary.sha256,
             "new_events": new_events,
             "late_events": fetch_one(engine, late_events),
             "returned_events": num_events - new_events - self.manifest["num_events"],
             "new_users": num_users - self.manifest["num_users"],
-            "new_items": vocabulary.num_items - num_known,
+            **of_items,
         }
 
 

@@ -10,6 +10,7 @@ The same log gives the same bytes, whatever the engine and the number of threads
 kept + rows set aside, each of the latter with its reason.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -37,10 +38,11 @@ from glintru_rec.data.writing import (
     write_vocabulary,
 )
 from glintru_rec.errors import InputError
-from glintru_rec.files import check_free, folder_aside
+from glintru_rec.files import check_free, folder_aside, sha256_of
 from glintru_rec.progress import format_seconds
 
 ENGINES = ("duckdb", "spark")
+IDS = ("dense", "raw")
 
 
 @dataclass
@@ -51,7 +53,8 @@ class PrepareConfig:
         input: the log: a file, a folder or a glob. Its format is recognised by content (see `formats`).
         output: the dataset's folder; it must not exist, or be empty.
         min_user_events: users with fewer events are left out, at least 1.
-        min_item_events: items with fewer events are left out, at least 1. Both are applied until neither removes anything.
+        min_item_events: items with fewer events are left out. Both are applied until neither removes anything. 0: 5, or with
+            ``ids=raw`` 1, which leaves none out.
         user_column: the column of user ids, int64 or string.
         item_column: the column of item ids, int64 or string.
         time_column: the column of times.
@@ -62,6 +65,9 @@ class PrepareConfig:
         threads: threads of DuckDB; 0 for one per core.
         memory_limit: memory that DuckDB may use before it spills to disk beside the output, such as ``8GB``; empty for most
             of the machine's.
+        ids: ``dense``: each item gets an index, by which sequences hold it, and a place in the vocabulary. ``raw``: sequences
+            hold the ids of the log, int64 or strings, for ``data.vocabulary=dynamic`` of the program train; items are neither
+            listed nor counted, however many there are.
         base: a dataset that the log continues: its events come before the log's, its items keep their indices, and ``output``
             gets both. Its ``min_user_events`` and ``min_item_events`` must be the same. Empty: the log is all there is.
         engine: ``duckdb``, in this process and out of core, or ``spark``, which can be a cluster; the same dataset to the byte.
@@ -72,13 +78,14 @@ class PrepareConfig:
     input: str
     output: str
     min_user_events: int = 5
-    min_item_events: int = 5
+    min_item_events: int = 0
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
     side_columns: list[str] = field(default_factory=list)
     threads: int = 0
     memory_limit: str = ""
+    ids: str = "dense"
     base: str = ""
     engine: str = "duckdb"
     spark: SparkConfig = field(default_factory=SparkConfig)
@@ -88,6 +95,11 @@ class PrepareConfig:
         for name in ("input", "output", "user_column", "item_column", "time_column"):
             if not getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text that is not empty")
+        one_of("ids", self.ids, IDS)
+        if self.min_item_events == 0:
+            self.min_item_events = 1 if self.raw else 5
+        if self.raw and self.min_item_events != 1:
+            raise InputError(f"min_item_events is {self.min_item_events}, but ids=raw counts no items: leave it, or give 1")
         for name, least in (("min_user_events", 1), ("min_item_events", 1), ("threads", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -108,6 +120,16 @@ class PrepareConfig:
         if self.engine == "duckdb" and self.spark != SparkConfig():
             raise InputError("spark.master and spark.conf are given, but the engine is duckdb; give engine=spark")
 
+    @property
+    def raw(self) -> bool:
+        """Whether sequences hold the ids of the log."""
+        return self.ids == "raw"
+
+    @property
+    def filters(self) -> dict[str, int]:
+        """The fewest events of a user and of an item."""
+        return {"min_user_events": self.min_user_events, "min_item_events": self.min_item_events}
+
 
 @dataclass(frozen=True)
 class PrepareReport:
@@ -123,7 +145,8 @@ class PrepareReport:
 
     def summary_rows(self) -> list[tuple[str, str]]:
         """Give names and values for a table; a reason that no row had is left out."""
-        counts = [(name, self.manifest[name]) for name in ("rows_in", "num_events", "num_users", "num_items")]
+        shown = ("rows_in", "num_events", "num_users", "num_items")
+        counts = [(name, self.manifest[name]) for name in shown if name in self.manifest]
         counts += [(f"set aside: {reason}", count) for reason, count in self.manifest["set_aside"].items() if count]
         counts += [(name, self.manifest[name]) for name in ("out_of_order_rows", "users_too_short_to_split")]
         counts += [(name, count) for name, count in self.manifest.get("growth", {}).items() if isinstance(count, int)]
@@ -141,7 +164,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     """Turn a log into a dataset. It appears at ``config.output`` whole or not at all.
 
     Times are int64: whole numbers stay as the log gives them; if one number has a fraction, all are read as seconds and become
-    microseconds; timestamps and dates become microseconds since 1970, UTC. Events with equal times keep the log's order.
+    microseconds; timestamps and dates become microseconds since 1970, UTC. Events with equal times keep the log's order. Where
+    a base's times were seconds with a fraction, whole numbers of a text log are seconds too.
 
     Args:
         config: what to prepare.
@@ -152,8 +176,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     """
     output = Path(config.output)
     check_free("output", output)
-    filters = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events}
-    base = Base.open(Path(config.base), filters) if config.base else None
+    base = Base.open(Path(config.base), config.filters, config.raw) if config.base else None
     names = LogColumns(config.user_column, config.item_column, config.time_column, tuple(config.side_columns))
     files = open_log(config.input, names)
     start = time.monotonic()
@@ -203,7 +226,7 @@ def _write_dataset(
         num_rows += base.num_rows
         counts.update(base.set_aside)
     say(f"cleaned {num_rows:,} rows")
-    set_aside = dict(sorted(counts.items())) | drop_rare(engine, config.min_user_events, config.min_item_events)
+    set_aside = dict(sorted(counts.items())) | drop_rare(engine, **config.filters, raw=config.raw)
     num_events = fetch_one(engine, "SELECT count(*) FROM kept")
     assert num_rows == num_events + sum(set_aside.values()), "every row is an event or is set aside"
     if not num_events:
@@ -213,26 +236,32 @@ def _write_dataset(
             f"({config.min_user_events}) and min_item_events ({config.min_item_events}) or correct the log"
         )
     say(f"kept {num_events:,} events")
-    vocabulary = write_vocabulary(engine, folder, cleaned, base_items)
+    vocabulary = None if config.raw else write_vocabulary(engine, folder, cleaned, base_items)
     side = write_side_vocabulary(engine, folder, names.side)
-    parts = write_sequences(engine, folder, cleaned, side)
-    write_rare(engine, folder, cleaned)
+    parts = write_sequences(engine, folder, cleaned, side, config.raw)
+    write_rare(engine, folder, cleaned, config.raw)
     say(f"wrote {len(parts)} part(s)")
+    items: dict[str, Any]
+    if vocabulary is None:
+        checksums = "".join(sha256_of(folder / part["file"]) for part in parts)
+        items = {"ids": "raw", "sequences_sha256": hashlib.sha256(checksums.encode()).hexdigest()}
+    else:
+        items = {"num_items": vocabulary.num_items, "vocabulary_sha256": vocabulary.sha256}
     num_users = sum(part["num_users"] for part in parts)
     sources = [{"path": str(file.path), "bytes": file.path.stat().st_size} for file in files]
     return {
         "schema_version": SCHEMA_VERSION,
         "num_users": num_users,
-        "num_items": vocabulary.num_items,
         "num_events": num_events,
         "num_files": len(parts),
         "user_id_type": cleaned.user_type,
         "item_id_type": cleaned.item_type,
         "time_unit": cleaned.time_unit,
+        **({"times_were_seconds": True} if cleaned.were_seconds else {}),
         "tie_policy": "log_order",
-        "vocabulary_sha256": vocabulary.sha256,
+        **items,
         **({"side_features": dict(zip(side.names, side.sizes))} if side.names else {}),
-        "filters": {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events},
+        "filters": config.filters,
         "rows_in": num_rows,
         "set_aside": set_aside,
         **statistics(engine),

@@ -23,8 +23,8 @@ class Ranks(NamedTuple):
 
     rank: int = 0
     world_size: int = 1
-    gather: Callable[[int], Sequence[int]] = lambda number: [number]
-    """Give all ranks the numbers of all, in the order of ranks."""
+    gather: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda numbers: [numbers]
+    """Give all ranks the int64 arrays of all, in the order of ranks; their lengths may differ."""
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
     """Sum an array over the ranks."""
 
@@ -40,16 +40,17 @@ class _OpenChunk(NamedTuple):
     batches: TrainingBatches | None
     """None where it has no target."""
 
-    @property
-    def num_batches(self) -> int:
-        return self.batches.num_batches(self.epoch) if self.batches else 0
+    def bounds(self, first: int) -> list[int]:
+        """Say where batches begin, from window ``first`` on, and where the last one ends."""
+        return self.batches.bounds(self.epoch, first) if self.batches else [0]
 
 
 class RowGroupBatches:
     """What `TrainingBatches` is for a dataset in memory, for one on the disk.
 
-    Every target of an epoch is trained on once, on whatever ranks, and across a resume. Windows of one batch come from the
-    same ``dataset.row_groups_held`` row groups. Ranks that have no chunk left at an epoch's end get empty batches.
+    Every target of an epoch is trained on once, on whatever ranks, and across a resume with batches of whatever size. Windows
+    of one batch come from the same ``dataset.row_groups_held`` row groups. Ranks that have no chunk left at an epoch's end get
+    empty batches.
 
     Args:
         dataset: opened; every rank has all of it before it.
@@ -63,7 +64,7 @@ class RowGroupBatches:
 
     Attributes:
         place: where the epoch stands, on all ranks, once the batch that was given last is trained on.
-        given: that batch's chunk and its number there, for `look_up`; empty for a batch of no chunk.
+        given: that batch's chunk and its windows there, as in `TrainingBatches.given`; empty for a batch of no chunk.
 
     Raises:
         InputError: there are fewer chunks than ranks.
@@ -96,8 +97,8 @@ class RowGroupBatches:
         self.weights: tuple[int, np.ndarray] | None = None  # events of the chunks of the epoch asked for last
 
     def fingerprint(self) -> str:
-        """Hash all that decides an epoch's batches; not the number of ranks."""
-        decisive = (self.seed, self.batch_targets, self.max_seq_len, self.every_position)
+        """Hash all that decides the order of an epoch's windows; not the size of batches, nor the number of ranks."""
+        decisive = (self.seed, self.max_seq_len, self.every_position)
         turned = (self.reversed_share, self.reversed_epochs)
         sizes = [(group.num_users, group.num_events) for group in self.dataset.row_groups]
         return hashlib.sha256(repr((*decisive, *turned, self.dataset.row_groups_held, sizes)).encode()).hexdigest()[:16]
@@ -114,12 +115,15 @@ class RowGroupBatches:
         self.place = deal.place
         while not deal.is_over:
             self._open(epoch, deal.held[rank])
-            deal.learn(self.ranks.gather(self.open_chunk.num_batches if self.open_chunk else 0))
-            for _ in range(deal.num_steps_known()):
-                own = deal.held[rank]
+            chunk = deal.held[rank]
+            bounds = self.open_chunk.bounds(chunk.windows) if self.open_chunk and chunk else [0]
+            deal.learn([ends.tolist() for ends in self.ranks.gather(np.array(bounds[1:], np.int64))])
+            has_batches = deal.held[rank] is not None  # the chunk may have turned out to have no target
+            for number in range(deal.num_steps_known()):
+                self.given = (chunk.number, bounds[number], bounds[number + 1]) if chunk and has_batches else ()
                 deal.step()
-                self.place, self.given = deal.place, (own.number, own.done) if own else ()
-                yield self._batch(own)
+                self.place = deal.place
+                yield self._batch(epoch)
         if not deal.num_batches:
             raise InputError("the dataset has no training sequence of two items or more")
 
@@ -136,15 +140,15 @@ class RowGroupBatches:
         events = self._events_of_chunks(epoch)
         done = events[: place.next_chunk].sum()
         for chunk in (Chunk(*chunk) for chunk in place.chunks if chunk):
-            done -= events[chunk.number] * (chunk.num_left / chunk.num_batches if chunk.num_batches else 1)
+            done -= events[chunk.number] * (1 - chunk.windows / chunk.num_windows if chunk.num_windows else 1)
         return float(done / events.sum())
 
-    def look_up(self, epoch: int, number: int, batch: int) -> tuple[Batch, np.ndarray]:
-        """Read a chunk again: give its batch ``batch``, and which users of the dataset its members are of: int64 ``[B]``."""
+    def look_up(self, epoch: int, number: int, first: int, stop: int) -> tuple[Batch, np.ndarray]:
+        """Read a chunk again: give the batch of some windows, and which users of the dataset they are of: int64 ``[B]``."""
         groups = self._chunk(epoch, number)
         batches = self._pack(groups, number)
         assert batches is not None, "a batch was made of it"
-        found, sequences = batches.look_up(epoch, batch)
+        found, sequences = batches.look_up(epoch, first, stop)
         first_users = self.dataset.first_users
         users = [first_users[group] + np.arange(self.dataset.row_groups[group].num_users) for group in groups]
         return found, np.concatenate(users)[sequences]
@@ -196,15 +200,16 @@ class RowGroupBatches:
             self.open_chunk = None  # before the next is read: never two at a time
             self.open_chunk = _OpenChunk(epoch, chunk.number, self._pack(self._chunk(epoch, chunk.number), chunk.number))
 
-    def _batch(self, chunk: Chunk | None) -> Batch:
-        """Make the next batch of the chunk in memory, or an empty one."""
-        if chunk is None:
+    def _batch(self, epoch: int) -> Batch:
+        """Make the batch that is given, of the chunk in memory, or an empty one."""
+        if not self.given:
             num_side = len(self.dataset.side.names)
             side_ids = torch.zeros(0, num_side, dtype=torch.int64) if num_side else None
-            return Batch(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), side_ids)
+            nothing, bounds = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            return Batch(nothing, bounds, side_ids, self.dataset.vocabulary.item_ids)
         assert self.open_chunk is not None
         assert self.open_chunk.batches is not None
-        return self.open_chunk.batches.batch(self.open_chunk.epoch, chunk.done)
+        return self.open_chunk.batches.batch(epoch, *self.given[1:])
 
     def _pack(self, groups: Sequence[int], number: int = 0) -> TrainingBatches | None:
         """Read row groups, and make batches of their training sequences by the randomness of chunk ``number``."""
@@ -223,4 +228,5 @@ class RowGroupBatches:
             reversed_epochs=self.reversed_epochs,
             stream=(1 + number,),  # 0 would be the row groups' own
             side_ids=dataset.train_side_ids(),
+            ids=dataset.vocabulary.item_ids,
         )

@@ -39,11 +39,11 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowGroupDataset:
-    """A dataset of which a few row groups are in memory at a time; its vocabulary is there whole.
+    """A dataset of which a few row groups are in memory at a time; its vocabulary, if it has one, is there whole.
 
     Attributes:
         manifest: what ``manifest.json`` holds.
-        vocabulary: original item id ↔ index.
+        vocabulary: original item id ↔ index; without items where the dataset has raw ids.
         row_groups: of all parts, in order, as their footers tell.
         row_groups_held: how many are read at a time.
         side: the side features that are read.
@@ -67,7 +67,7 @@ class RowGroupDataset:
         if "users_too_short_to_split" not in manifest:
             raise InputError(f"{str(path)!r} does not say how many users are too short to split; prepare the dataset again")
         vocabulary = read_vocabulary(path, manifest)
-        row_groups = [group for part in manifest["parts"] for group in _row_groups(path / part["file"], part)]
+        row_groups = [group for part in manifest["parts"] for group in list_row_groups(path / part["file"], part)]
         return cls(manifest, vocabulary, row_groups, row_groups_held, SideVocabulary.load(path).choose(side_features))
 
     @property
@@ -99,8 +99,13 @@ class RowGroupDataset:
         parts = [self._read(self.row_groups[number]) for number in numbers]
         return SequenceDataset.join(self.manifest, self.vocabulary, parts, self.side)
 
+    def train_blocks(self) -> Iterator[SequenceDataset]:
+        """Give the dataset in parts that are in memory, a row group each."""
+        for number in range(len(self.row_groups)):
+            yield self.read([number])
+
     def train_counts(self, numbers: Sequence[int] | None = None) -> np.ndarray:
-        """Count the training events of every item, in all row groups or some: int64 ``[V]``. Reads them."""
+        """Count the training events of every item of the vocabulary, in all row groups or some: int64 ``[V]``. Reads them."""
         counts = np.zeros(self.num_items, np.int64)
         for number in range(len(self.row_groups)) if numbers is None else numbers:
             np.add.at(counts, self.read([number]).train_sequences()[0], 1)
@@ -127,11 +132,15 @@ class RowGroupDataset:
     def _read(self, group: RowGroup) -> Sequences:
         with reading_part(group.file), pq.ParquetFile(group.file) as file:
             table = file.read_row_group(group.number, columns=columns_of(self.side))
-            return check_sequences(table, group.file, self.num_items, self.side, group.first_row)
+            return check_sequences(table, group.file, self.manifest, self.vocabulary, self.side, group.first_row)
 
 
-def _row_groups(file: Path, part: dict[str, Any]) -> list[RowGroup]:
-    """List the row groups of a part by its footer."""
+def list_row_groups(file: Path, part: dict[str, Any]) -> list[RowGroup]:
+    """List the row groups of a part by its footer.
+
+    Raises:
+        InputError: it cannot be read, or holds other numbers of users and events than the manifest's ``part`` says.
+    """
     with reading_part(file):
         footer = pq.read_metadata(file)
         groups = [footer.row_group(index) for index in range(footer.num_row_groups)]

@@ -1,13 +1,13 @@
 """Deal the chunks of an epoch out to ranks while they read: who runs out takes the next.
 
-How many batches a chunk has is known to the rank that has read it alone. It tells the others; from then on all ranks work
-out by themselves, and alike, how far each of them is, and who takes which chunk::
+Which windows of a chunk make a batch is known to the rank that has read it alone. It tells the others; from then on all ranks
+work out by themselves, and alike, how far each of them is, and who takes which chunk::
 
     chunk      0 ███████      3 █████          rank 0
                1 █████    2 ████████████       rank 1
                      ^ told: 5 batches, so rank 1 takes chunk 2 after 5 steps
 
-The batches of a chunk do not depend on the rank that reads it, so neither does what an epoch consists of.
+The windows of a chunk do not depend on the rank that reads it, so neither does what an epoch consists of; nor do batches.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,10 @@ class Chunk(NamedTuple):
 
     number: int
     """Its place in the epoch."""
-    done: int = 0
-    """Batches of it that are done."""
-    num_batches: int | None = None
-    """Batches of it in all; None until a rank has read it."""
-
-    @property
-    def num_left(self) -> int:
-        """Batches of it that are not done, as far as that is known."""
-        return (self.num_batches or 0) - self.done
+    windows: int = 0
+    """Windows of it that are done."""
+    num_windows: int | None = None
+    """Windows of it in all; None until a rank has read it."""
 
 
 class Deal:
@@ -47,6 +42,7 @@ class Deal:
         begun: list[Chunk | None] = [chunk and Chunk(*chunk) for chunk in place.chunks]
         self.held = begun[:world_size] + [None] * (world_size - len(begun))
         self.waiting = [chunk for chunk in begun[world_size:] if chunk]
+        self.ends: list[list[int]] = [[] for _ in self.held]  # of the batches that are left of each rank's chunk
         self._hand_out()
 
     @property
@@ -59,26 +55,28 @@ class Deal:
         """Whether no rank has a chunk left."""
         return not any(self.held)
 
-    def learn(self, sizes: Sequence[int]) -> None:
-        """Take in how many batches the chunk of each rank has."""
-        self.held = [chunk and chunk._replace(num_batches=size) for chunk, size in zip(self.held, sizes, strict=True)]
+    def learn(self, ends: Sequence[Sequence[int]]) -> None:
+        """Take in before which windows the batches end that are left of each rank's chunk."""
+        self.ends = [list(each) for each in ends]
+        for rank, (chunk, own) in enumerate(zip(self.held, self.ends, strict=True)):
+            self.held[rank] = chunk and chunk._replace(num_windows=own[-1] if own else chunk.windows)
         self._hand_out()
 
     def num_steps_known(self) -> int:
-        """Count the steps until some rank takes another chunk; 0 where one has taken a chunk whose size is not known yet."""
-        return min((chunk.num_left for chunk in self.held if chunk), default=0)
+        """Count the steps until some rank takes another chunk; 0 where one has taken a chunk that is not known yet."""
+        return min((len(ends) for chunk, ends in zip(self.held, self.ends, strict=True) if chunk), default=0)
 
     def step(self) -> None:
         """Note that every rank with a chunk has done a batch of it."""
-        self.held = [chunk and chunk._replace(done=chunk.done + 1) for chunk in self.held]
+        self.held = [chunk and chunk._replace(windows=ends.pop(0)) for chunk, ends in zip(self.held, self.ends, strict=True)]
         self.num_batches += sum(chunk is not None for chunk in self.held)
         self._hand_out()
 
     def _hand_out(self) -> None:
         """Give a chunk, while there are any, to each rank that has none or is done with its own."""
         for rank, chunk in enumerate(self.held):
-            if chunk is None or chunk.done == chunk.num_batches:
-                self.held[rank] = self._take()
+            if chunk is None or chunk.windows == chunk.num_windows:
+                self.held[rank], self.ends[rank] = self._take(), []
 
     def _take(self) -> Chunk | None:
         if self.waiting:

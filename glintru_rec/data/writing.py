@@ -84,8 +84,21 @@ def write_side_vocabulary(engine: Engine, folder: Path, names: Sequence[str]) ->
     return vocabulary
 
 
-def write_sequences(engine: Engine, folder: Path, cleaned: Cleaned, side: SideVocabulary) -> list[dict[str, Any]]:
-    """Write users in the order of their first appearance in the log, a new part after every ``EVENTS_PER_PART`` events."""
+def write_sequences(
+    engine: Engine, folder: Path, cleaned: Cleaned, side: SideVocabulary, raw: bool = False
+) -> list[dict[str, Any]]:
+    """Write users in the order of their first appearance in the log, a new part after every ``EVENTS_PER_PART`` events.
+
+    Args:
+        engine: with the table ``kept``, and ``item`` unless ids are ``raw``.
+        folder: of the dataset.
+        cleaned: the columns' types.
+        side: values of the side columns.
+        raw: items are written with their ids, not their indices.
+
+    Returns:
+        The parts, for the manifest.
+    """
     engine.create(
         "user_part",
         f"""
@@ -96,13 +109,15 @@ def write_sequences(engine: Engine, folder: Path, cleaned: Cleaned, side: SideVo
     # Sorted once, out of core; each part below then reads only its own stretch of the table.
     side_values = "".join(f", side_{place}" for place in range(len(side.names)))
     log = "JOIN log USING (position)" if side_values else ""
+    item, items = ("item_id", "") if raw else ("item_index", "JOIN item USING (item_key)")
     engine.create(
         "sequence",
         f"""
-        SELECT part, user_key, time, position, item_index{side_values}
-        FROM kept JOIN user_part USING (user_key) JOIN item USING (item_key) {log} ORDER BY user_key, time, position""",
+        SELECT part, user_key, time, position, {item}{side_values}
+        FROM kept JOIN user_part USING (user_key) {items} {log} ORDER BY user_key, time, position""",
     )
-    lists = [(name, pa.list_(pa.int64())) for name in ("items", "timestamps", "positions")]
+    item_type = pa.type_for_alias(cleaned.item_type if raw else "int64")
+    lists = [("items", pa.list_(item_type)), *((name, pa.list_(pa.int64())) for name in ("timestamps", "positions"))]
     side_lists = [(side_column(name), pa.list_(SIDE_TYPE)) for name in side.names]
     schema = pa.schema([("user_id", cleaned.user_type), *lists, *side_lists])
     repeated = ["user_id", *(f"{name}.list.element" for name in schema.names if name not in ("user_id", "positions"))]
@@ -116,10 +131,11 @@ def write_sequences(engine: Engine, folder: Path, cleaned: Cleaned, side: SideVo
             SELECT user_id, num_events FROM user_part JOIN user_name USING (user_key)
             WHERE part = {part} ORDER BY user_key""")
         events = engine.arrow(f"""
-            SELECT item_index, time, position{side_values} FROM sequence WHERE part = {part}
+            SELECT {item}, time, position{side_values} FROM sequence WHERE part = {part}
             ORDER BY user_key, time, position""")
         offsets = pa.array(np.concatenate([[0], np.cumsum(users["num_events"].to_numpy())]), pa.int32())
         values = [column.combine_chunks() for column in events.columns]
+        values[0] = values[0].cast(item_type)
         for place, name in enumerate(side.names, start=3):
             values[place] = pa.array(side.encode(name, values[place]), SIDE_TYPE)
         columns = [pa.ListArray.from_arrays(offsets, each) for each in values]
@@ -155,15 +171,16 @@ def write_set_aside(engine: Engine, folder: Path, earlier: Path | None = None) -
         _write_by_position(engine, writer, "set_aside", columns)
 
 
-def write_rare(engine: Engine, folder: Path, cleaned: Cleaned) -> None:
+def write_rare(engine: Engine, folder: Path, cleaned: Cleaned, raw: bool = False) -> None:
     """Write the clean events that were lost to the minimum counts, in the log's order: later logs may bring them back."""
     # Of a user and an item that are both kept, every event is.
+    items = "" if raw else "JOIN item_name USING (item_id) LEFT JOIN item USING (item_key)"
     engine.create(
         "rare",
-        """
-        SELECT position, user_id, item_id, time FROM event JOIN user_name USING (user_id) JOIN item_name USING (item_id)
-        LEFT JOIN user_part USING (user_key) LEFT JOIN item USING (item_key)
-        WHERE reason IS NULL AND (part IS NULL OR item_index IS NULL) ORDER BY position""",
+        f"""
+        SELECT position, user_id, item_id, time FROM event JOIN user_name USING (user_id)
+        LEFT JOIN user_part USING (user_key) {items}
+        WHERE reason IS NULL AND (part IS NULL {"" if raw else "OR item_index IS NULL"}) ORDER BY position""",
     )
     types = {"position": "int64", "user_id": cleaned.user_type, "item_id": cleaned.item_type, "timestamp": "int64"}
     with pq.ParquetWriter(folder / RARE_FILE, pa.schema(list(types.items())), compression="zstd") as writer:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset import SequenceDataset, fingerprint
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json
@@ -93,7 +93,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
             counted = {name: metrics.pop(name) for name in ("num_users", "num_targets_seen", "num_targets_unknown")}
             described = {**protocol.describe(), **counted, "max_seq_len": train_config.data.max_seq_len}
             result = {"protocol": described, "metrics": metrics, "checkpoint": str(config.checkpoint)}
-            write_json(output, {**result, "vocabulary_sha256": dataset.manifest["vocabulary_sha256"]})
+            write_json(output, {**result, "vocabulary_sha256": fingerprint(dataset.manifest)})
             print(protocol)
             print_metrics(metrics, config.ks)
             print(f"written: {output}")

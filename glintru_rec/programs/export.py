@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, read_manifest
+from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, fingerprint, read_manifest
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.exporting import FORMATS, Validation, export_artifact
@@ -139,7 +139,7 @@ def _validation(config: ExportConfig, path: Path, run: PlainRun, side: SideVocab
 def _fingerprint(path: Path, state: RunState) -> str | None:
     """Give the checksum of a dataset's manifest; None where the dataset is gone or was prepared anew."""
     try:
-        is_the_runs = read_manifest(path)["vocabulary_sha256"] == state.vocabulary_sha256
+        is_the_runs = fingerprint(read_manifest(path)) == state.vocabulary_sha256
     except InputError:
         return None
     return sha256_of(path / MANIFEST_FILE) if is_the_runs else None

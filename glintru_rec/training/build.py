@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from glintru_rec.config import from_yaml
 from glintru_rec.data.admitted import AdmittedDataset
 from glintru_rec.data.batches import TrainingBatches
-from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset
+from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset, fingerprint, is_raw
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap, read_admitted
 from glintru_rec.data.reader import Ranks, RowGroupBatches
 from glintru_rec.data.reader_dataset import RowGroupDataset
@@ -26,7 +26,7 @@ from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import build_table, distribute
 from glintru_rec.training.checkpoint import RunState, best_checkpoint, from_first_rank, load_checkpoint, load_plain, read_state
 from glintru_rec.training.config import LossConfig, TrainConfig
-from glintru_rec.training.processes import gather_numbers, join_ids, sum_counts
+from glintru_rec.training.processes import gather_arrays, join_ids, sum_counts
 
 
 def build_model(config: TrainConfig, num_items: int, device: torch.device, side_sizes: Sequence[int] = ()) -> SequenceModel:
@@ -55,11 +55,23 @@ def build_distributed(
 
 
 def open_dataset(config: TrainConfig) -> SequenceDataset | RowGroupDataset:
-    """Open ``data.path``, in memory or on the disk as ``data.reader`` says, with the side features that the model reads."""
+    """Open ``data.path``, in memory or on the disk as ``data.reader`` says, with the side features that the model reads.
+
+    Raises:
+        InputError: it cannot be read, or has raw ids, of which nobody knows which rows are theirs.
+    """
     data, side_features = config.data, config.model.side_features
+    dataset: SequenceDataset | RowGroupDataset
     if data.reader == "memory":
-        return SequenceDataset.open(data.path, side_features)
-    return RowGroupDataset.open(data.path, data.row_groups_held, side_features)
+        dataset = SequenceDataset.open(data.path, side_features)
+    else:
+        dataset = RowGroupDataset.open(data.path, data.row_groups_held, side_features)
+    if is_raw(dataset.manifest) and not config.dynamic:
+        raise InputError(
+            f"data.path={data.path} was prepared with ids=raw, so its items have no indices: give data.vocabulary=dynamic and "
+            f"vocabulary.capacity, or prepare it with ids=dense"
+        )
+    return dataset
 
 
 def build_batches(
@@ -70,7 +82,7 @@ def build_batches(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = (data.max_seq_len, trainer.batch_targets, trainer.seed)
     if isinstance(dataset, RowGroupDataset):
-        ranks = Ranks(rank, world_size, gather_numbers, sum_counts)
+        ranks = Ranks(rank, world_size, gather_arrays, sum_counts)
         return RowGroupBatches(dataset, *sizes, ranks, causal, data.reversed_share, data.reversed_epochs)
     return TrainingBatches(
         *dataset.train_sequences(),
@@ -81,6 +93,7 @@ def build_batches(
         data.reversed_share,
         data.reversed_epochs,
         side_ids=dataset.train_side_ids(),
+        ids=dataset.vocabulary.item_ids,
     )
 
 
@@ -129,13 +142,14 @@ def check_kind(dynamic: bool, state: RunState, run_dir: Path) -> None:
 
 
 def check_vocabulary(dataset: SequenceDataset | RowGroupDataset, state: RunState, run_dir: Path) -> None:
-    """Raise an `InputError` unless a run was trained on the dataset's vocabularies."""
-    if dataset.manifest["vocabulary_sha256"] != state.vocabulary_sha256:
+    """Raise an `InputError` unless a run was trained on the dataset's vocabularies, or where it is dynamic on the dataset."""
+    found = fingerprint(dataset.manifest)
+    if found != state.vocabulary_sha256:
         if state.dynamic:
             raise InputError(f"{run_dir} was begun with other data; new data begin a new run, by trainer.init_from={run_dir}")
         raise InputError(
             f"{run_dir} was trained on another vocabulary (sha256 {state.vocabulary_sha256[:12]}…) than the dataset's "
-            f"({dataset.manifest['vocabulary_sha256'][:12]}…): its item table does not belong to these items"
+            f"({found[:12]}…): its item table does not belong to these items"
         )
     _check_side_vocabulary(dataset, run_dir)
 
@@ -186,7 +200,7 @@ def dataset_seen_by(
     if not config.dynamic:
         check_vocabulary(dataset, state, run_dir)
         return dataset
-    id_map = IdMap(dataset.vocabulary, config.vocabulary)
+    id_map = IdMap(dataset.vocabulary.id_type, config.vocabulary)
     id_map.load(checkpoint / ID_MAP_FILE)
     return AdmittedDataset(dataset, id_map)
 

@@ -35,13 +35,14 @@ class RunState:
 
     Attributes:
         model_fingerprint: of the config that the tensors belong to.
-        vocabulary_sha256: of the dataset that the item table belongs to.
-        batching: fingerprint of all that decides an epoch's batches; with another one, an epoch under way starts anew.
+        vocabulary_sha256: of the dataset that the item table belongs to; where that has raw ids, of its sequences.
+        batching: fingerprint of all that decides the order in which an epoch is read.
         step: optimizer steps done.
         epoch: epoch under way, from 0.
-        batches_in_epoch: batches of it that are done, of all ranks together (`TrainingBatches` numbers them).
-        chunks_begun: with ``data.reader=row_groups``, the chunks of it that are read in part: of each its number, how many
-            of its batches are done, and how many there are. Those of ranks 0, 1, … come first; null for a rank without one.
+        batches_in_epoch: batches of it that are done, of all ranks together.
+        chunks_begun: the chunks of it that are read in part: of each its number, how many of its windows are done, and how
+            many there are; with ``data.reader=memory`` all is one chunk. Those of ranks 0, 1, … come first; null for a rank
+            without one.
         next_chunk: and the first that nobody has begun.
         best_step: step of the best validation; -1 before the first.
         best_value: its figure, of which more is better: NDCG@10; of a ranking model, the first task's.
@@ -156,8 +157,8 @@ def read_state(checkpoint: Path) -> RunState:
     """
     try:
         fields = json.loads((checkpoint / "progress.json").read_text())
-        if "step_in_epoch" in fields:  # an older version, which counted steps; its epoch under way starts anew
-            del fields["step_in_epoch"]
+        if "step_in_epoch" in fields:  # an older version, which counted steps
+            fields["batches_in_epoch"] = fields.pop("step_in_epoch")
             fields["value"] = fields["best_value"] if fields["best_step"] == fields["step"] else None
         return RunState(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:

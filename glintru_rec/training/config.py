@@ -22,9 +22,9 @@ class DataConfig:
 
     Attributes:
         path: a sequence dataset, made by ``launch/prepare.py``.
-        vocabulary: ``dense``: the dataset's items have a row of the item table each. ``dynamic``: its vocabulary is a mere list
-            of ids; items get rows while training goes on, and lose them, as ``vocabulary`` says (see
-            `glintru_rec.data.id_map`).
+        vocabulary: ``dense``: the dataset's items have a row of the item table each. ``dynamic``: items, however many, get rows
+            while training goes on, and lose them, as ``vocabulary`` says (see `glintru_rec.data.id_map`); the dataset is best
+            prepared with ``ids=raw``.
         max_seq_len: most items that the encoder reads, in training, evaluation and scoring: the latest ones.
         reversed_share: share of the training histories that are read backwards in the first ``reversed_epochs``: helps
             where few events are known of an item.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -121,7 +122,9 @@ def name_batch(
         batch, places = batches.look_up(epoch, *bad.given)
         places, items = np.unique(places), batch.item_ids.unique().numpy()
         users = _name_some(dataset.users_at(places[:NUM_NAMED]), places.size)
-        found = [f"users {users} and items {_name_some(dataset.vocabulary.decode(items[:NUM_NAMED]).to_pylist(), items.size)}"]
+        assert batch.ids is not None, "readers give them"
+        named = batch.ids.take(pa.array(items[:NUM_NAMED])).to_pylist()
+        found = [f"users {users} and items {_name_some(named, items.size)}"]
     dist.broadcast_object_list(found, src=bad.rank, device=torch.device("cpu"))
     return found[0]
 

@@ -107,17 +107,21 @@ class StopSignals:
 
 def join_ids(ids: torch.Tensor) -> torch.Tensor:
     """Join the ranks' ids, int64 ``[N]`` on the CPU, in the order of ranks; N may differ from rank to rank."""
-    sizes = gather_numbers(ids.numel())
-    padded = [ids.new_empty(max(sizes)) for _ in sizes]
-    dist.all_gather(padded, torch.nn.functional.pad(ids, (0, max(sizes) - ids.numel())))
-    return torch.cat([each[:size] for each, size in zip(padded, sizes)])
+    return torch.cat(_gather(ids))
 
 
-def gather_numbers(number: int) -> list[int]:
-    """Give all ranks the numbers of all, in the order of ranks."""
-    numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(numbers, torch.tensor([number]))
-    return [int(each) for each in numbers]
+def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
+    """Give all ranks the int64 arrays of all, each ``[N]``, in the order of ranks; N may differ from rank to rank."""
+    return [each.numpy() for each in _gather(torch.from_numpy(array))]
+
+
+def _gather(numbers: torch.Tensor) -> list[torch.Tensor]:
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([numbers.numel()]))
+    most = int(max(sizes))
+    padded = [numbers.new_empty(most) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(numbers, (0, most - numbers.numel())))
+    return [each[:size] for each, size in zip(padded, sizes, strict=True)]
 
 
 def sum_counts(counts: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glintru_rec.data.batches import START, Batch
-from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset import SequenceDataset, fingerprint
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
@@ -60,7 +60,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(config.output)
         self.num_items = config.num_rows(dataset.num_items)
-        id_map = IdMap(dataset.vocabulary, config.vocabulary) if config.dynamic else None
+        id_map = IdMap(dataset.vocabulary.id_type, config.vocabulary) if config.dynamic else None
         check_has_cases(dataset.num_cases, "valid")  # now, not after the first epoch
         self.model = build_distributed(config, self.num_items, device, dataset.side.sizes)
         # A run that goes on has weights of its own.
@@ -82,7 +82,7 @@ class Trainer:
         self.batches = build_batches(config, dataset, self.model.module.encoder.causal)
         self.num_candidates = self.num_items  # items that the loss ranges over; a dynamic vocabulary says otherwise
         self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
-        vocabulary_sha256, batching = dataset.manifest["vocabulary_sha256"], self.batches.fingerprint()
+        vocabulary_sha256, batching = fingerprint(dataset.manifest), self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(
             config.model_fingerprint(), vocabulary_sha256, batching, averaged=averaged, dynamic=config.dynamic
@@ -102,7 +102,6 @@ class Trainer:
         meter = RankMeter(self.model.module.table, -(-self.num_items // self.world_size) if spread else 0)
         self.monitor = Monitor(meter, config.trainer.max_loss, device)
         self.protocol = Protocol(split="valid")
-        self.epoch_begun_anew = -1  # by a run that went on with other batches
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the run directory, if there is one."""
@@ -118,11 +117,13 @@ class Trainer:
                 f"(optimizer.ema_decay): resume likewise, or choose another output"
             )
         if state.batching != self.state.batching:
-            # Other batches, or data: start the epoch under way anew rather than skip or repeat parts of it.
-            state.place, state.batching = START, self.state.batching
-            self.epoch_begun_anew = state.epoch
-            if self.rank == 0:
-                print("batches or data are other ones than before: the epoch under way starts anew", flush=True)
+            if state.batches_in_epoch:  # what is done of it could be neither skipped nor told from what is not
+                raise InputError(
+                    f"{newest} was written within epoch {state.epoch + 1}, whose order of reading is another one now "
+                    f"(trainer.seed, data.* or the data have changed): resume with what they were, or begin a new run with "
+                    f"its weights by trainer.init_from={self.run_dir}"
+                )
+            state.batching = self.state.batching
         if self.items is not None:
             self.items.id_map.load(newest / ID_MAP_FILE)
         load_checkpoint(newest, self.model, self.optimizer, self.average)
@@ -170,7 +171,7 @@ class Trainer:
     def _is_validation_due(self) -> bool:
         """Whether validation follows on the epoch that has ended, now or before a signal came between."""
         state = self.state
-        if state.batches_in_epoch or state.validated_step == state.step or state.epoch == self.epoch_begun_anew:
+        if state.batches_in_epoch or state.validated_step == state.step:
             return False
         return state.step > 0 and state.epoch % self.config.trainer.validate_every_epochs == 0
 
