@@ -185,6 +185,7 @@ def test_evaluation_ranks_by_score_and_bias(table, kind, make_trainer, dataset, 
     rows.normal_()  # in place: these are the model's own
     rows[:, WIDTH] *= 3
     monkeypatch.setattr("glintru_rec.scoring.evaluation.BLOCK_SCORES", 7 * 240)
+    monkeypatch.setattr("glintru_rec.scoring.evaluation.COMPARED_SCORES", 50)
     protocol = Protocol("full" if kind == "full" else f"{kind}:20", exclude_seen=kind == "full")
     metrics = evaluate(trainer.model, dataset, protocol, 20, 100)
 

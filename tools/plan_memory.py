@@ -27,7 +27,7 @@ from glintru_rec.config import check, compose
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
 from glintru_rec.losses import NegativeSampler, Uniform, sampled_softmax
-from glintru_rec.scoring.evaluation import BLOCK_SCORES
+from glintru_rec.scoring.evaluation import BLOCK_SCORES, COMPARED_SCORES
 from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.tables.item_table import BIAS_COLUMNS
 from glintru_rec.tables.plan import BYTES_PER_VALUE, state_bytes
@@ -40,8 +40,10 @@ from glintru_rec.training.summary import peak_memory
 
 MIB, GIB = 2**20, 2**30
 SMALL_CATALOG = 4096
-# Validation holds the scores of a block in fp32, what they are compared to, and what counts them (`scoring/evaluation.py`).
-BYTES_PER_SCORE = 13
+# Validation (`scoring/evaluation.py`) holds the scores of a block in fp32 while it makes the next; of those that it compares it
+# has two truth values, and a copy in int64 of one.
+BYTES_PER_SCORE = 2 * 4
+BYTES_PER_COMPARED = 10
 # Vectors and gradients of the exact softmax: looked up, gathered, and both once more on the way back.
 CATALOG_COPIES = 4
 
@@ -134,14 +136,16 @@ def held_by_table(config: TrainConfig, num_items: int, ranks: int) -> Held:
     average = copy * (config.optimizer.ema_decay > 0)
     catalog = CATALOG_COPIES * share * width * 4 * config.loss.over_whole_catalog(num_items)
     users = config.trainer.eval_batch_users * ranks
-    scores = min(max(BLOCK_SCORES, users), users * share)
+    block = min(max(1, BLOCK_SCORES // max(users, width)), share)
+    compared = min(max(COMPARED_SCORES, block), users * block)
+    vectors = 4 * width * block * (table.dtype != "fp32")  # those of an fp32 table lie in it
     return Held(
         table=weights,
         optimizer=state,
         gradient=copy,
         average=average,
         step=2 * copy + catalog,  # summed over the batch, then over the ranks
-        validation=BYTES_PER_SCORE * scores,
+        validation=BYTES_PER_SCORE * users * block + BYTES_PER_COMPARED * compared + vectors,
         checkpoint=(weights + state + average) * _copies_checkpoint(config),
     )
 

@@ -24,8 +24,10 @@ from glintru_rec.metrics import UNRANKED, Protocol, RankingMetrics, target_ranks
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import local_rows
 
-# Scores held at one time, G x items of a block: 256 MiB.
-BLOCK_SCORES = 1 << 26
+# Scores held at one time, G x items of a block, and at most as many numbers of the items' vectors: 32 MiB each.
+BLOCK_SCORES = 1 << 23
+# Scores compared at one time: on a CPU what counts them copies the truth values into int64.
+COMPARED_SCORES = 1 << 20
 
 
 @torch.no_grad()
@@ -157,7 +159,7 @@ def _count_above(
     user = torch.arange(queries.size(0), device=queries.device)
     local_target = users.targets - first_item
     is_here = (local_target >= 0) & (local_target < rows.size(0))
-    size = max(1, BLOCK_SCORES // max(1, queries.size(0)))
+    size = max(1, BLOCK_SCORES // max(1, *queries.shape))
     begins = range(0, rows.size(0), size)
 
     def score(begin: int) -> Tensor:
@@ -183,8 +185,10 @@ def _count_above(
             local_seen = users.history - first_item - begin
             inside = (local_seen >= 0) & (local_seen < scores.size(1))
             scores[users.row_of_history[inside], local_seen[inside]] = -torch.inf
-        above += (~(scores <= target_score.unsqueeze(1))).sum(1)  # NaN counts as above: a diverged model is no perfect one
-        tied += (scores == target_score.unsqueeze(1)).sum(1)
+        for some in user.split(max(1, COMPARED_SCORES // scores.size(1))):
+            rivals, target = scores[some[0] : some[-1] + 1], target_score[some].unsqueeze(1)
+            above[some] += (~(rivals <= target)).sum(1)  # NaN counts as above: a diverged model is no perfect one
+            tied[some] += (rivals == target).sum(1)
     both = torch.stack([above, tied])
     dist.all_reduce(both)
     return both[0], both[1]
