@@ -9,24 +9,31 @@ import ctypes
 import time
 from collections.abc import Callable
 
+import pyarrow as pa
+
 SECONDS_BETWEEN = 2.0
+# Of glibc alone.
+_MALLOC_TRIM: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def give_back_freed() -> None:
-    """Give what this process has freed back to the system, in some 10 ms; nothing happens where the C library is not glibc."""
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Give what torch, numpy and pyarrow have freed back to the system, in some 10 ms; pyarrow's alone without glibc."""
+    pa.default_memory_pool().release_unused()
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
 
 
 class FreedMemory:
-    """What a process has freed; call it now and then, and it goes back to the system every `SECONDS_BETWEEN`."""
+    """What a process has freed in C; call it now and then, and it goes back to the system every `SECONDS_BETWEEN`.
+
+    Nothing happens where that library has no ``malloc_trim``, which is glibc's.
+    """
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def __call__(self) -> None:
         """Give it back if it is time."""
-        if time.monotonic() - self._last >= SECONDS_BETWEEN:
-            give_back_freed()
+        if _MALLOC_TRIM is not None and time.monotonic() - self._last >= SECONDS_BETWEEN:
+            _MALLOC_TRIM(0)
             self._last = time.monotonic()
