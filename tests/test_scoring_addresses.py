@@ -5,7 +5,11 @@ import functools
 import http.server
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -19,12 +23,14 @@ from glintru_rec import GlintRU
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export import export_artifact
-from glintru_rec.scoring import ScoreConfig, score
+from glintru_rec.scoring import ScoreConfig, score, update_states
 from glintru_rec.scoring.addresses import RemoteFolder
 from glintru_rec.scoring.fragments import Stamp
 from glintru_rec.scoring.index import IndexConfig
+from glintru_rec.scoring.lease import STALE_SECONDS, Lease
 from glintru_rec.scoring.ledger import Record
-from glintru_rec.scoring.remote_ledger import RemoteLedger
+from glintru_rec.scoring.remote_ledger import LEASE_FILE, RemoteLedger
+from tests.conftest import REPOSITORY, environment, keys_of
 
 NUM_ITEMS, WIDTH, NUM_ROWS = 60, 16, 20
 
@@ -136,6 +142,114 @@ def test_an_output_elsewhere_is_that_of_this_machine(config, tmp_path, memory, m
         score(dataclasses.replace(elsewhere, output="memory://results"))
 
 
+def test_lists_and_events_elsewhere(config, tmp_path, memory, server):
+    """What is copied gives what it gives where it lies, and is named as it lies there."""
+    pq.write_table(pa.table({"item_id": range(0, NUM_ITEMS, 2)}), tmp_path / "allow.parquet")
+    pq.write_table(pa.table({"item_id": range(9)}), tmp_path / "deny.parquet")
+    memory.put(str(tmp_path / "allow.parquet"), "/lists/allow.parquet")
+    score(dataclasses.replace(config, allow=str(tmp_path / "allow.parquet"), deny=str(tmp_path / "deny.parquet")))
+    elsewhere = {"allow": "memory://lists/allow.parquet", "deny": f"{server}/deny.parquet?sig=1"}
+    score(dataclasses.replace(config, **elsewhere, output=str(tmp_path / "listed")))
+    assert outputs(tmp_path / "listed") == outputs(config.output)
+
+    for day in (1, 2):
+        items = pa.array([3 * day, None, 5])
+        events = {"user_id": [1, 2, day], "item_id": items, "timestamp": [10 * day, 10 * day, 10 * day + 1]}
+        path = tmp_path / "events" / f"day={day}" / "a.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table(events), path)
+    memory.put(f"{tmp_path}/events/", "/events/", recursive=True)
+    memory.put(f"{config.artifact}/", "/models/artifact/", recursive=True)
+    update = ScoreConfig(
+        config.artifact, str(tmp_path / "events"), str(tmp_path / "updated"), "update", state=str(tmp_path / "states")
+    )
+    expected = update_states(update)
+    places = {"input": "memory://events", "artifact": "memory://models/artifact"}
+    others = {"output": str(tmp_path / "far"), "state": str(tmp_path / "far-states")}
+    report = update_states(dataclasses.replace(update, **places, **others))
+    figures = {"seconds": 0.0, "rows_per_second": 0.0}
+    assert dataclasses.replace(report, **figures) == dataclasses.replace(expected, **figures)
+    assert (report.events_applied, report.rows_in) == (4, 6)
+    written, wanted = (
+        {name: pq.read_table(tmp_path / folder / name) for name in outputs(tmp_path / folder)} for folder in ("far", "updated")
+    )
+    assert written["part-00000.parquet"] == wanted["part-00000.parquet"]
+    (rejects,) = (table for name, table in written.items() if name.startswith("rejects/"))
+    assert rejects["fragment"].to_pylist() == [f"memory:///events/day={day}/a.parquet" for day in (1, 2)]
+    assert update_states(dataclasses.replace(update, **places, **others)) == report  # the same again changes nothing
+
+
+def test_two_jobs_on_one_output_elsewhere(config, tmp_path):
+    """The first one is a process of its own, stopped while it writes, and killed."""
+    for number in range(60):
+        shutil.copy(f"{config.input}/day=3/country=se/a.parquet", tmp_path / "in" / f"{number}.parquet")
+    score(config)
+    elsewhere = dataclasses.replace(config, output=f"local://{tmp_path}/far")
+    arguments = [
+        f"{key}={value}" for key, value in keys_of(elsewhere).items() if key in ("artifact", "input", "output", "mode")
+    ]
+    command = [sys.executable, "-m", "launch.score", *arguments, "top_k=5", "batch_size=8"]
+    first = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL)
+    lease = tmp_path / "far" / LEASE_FILE
+    try:
+        while not (tmp_path / "far" / ".job" / "0.parquet.json").exists():
+            assert first.poll() is None
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)
+        assert not (tmp_path / "far" / "_SUCCESS").exists()
+        with pytest.raises(InputError, match=rf"is being written by another job \(process {first.pid} on .*wait for its end"):
+            score(elsewhere)
+        assert json.loads(lease.read_text())["process"] == first.pid
+    finally:
+        first.kill()
+        first.wait()
+    report = score(elsewhere)
+    assert report.timing.fragments_before >= 1
+    assert report.timing.fragments_now >= 1
+    assert outputs(tmp_path / "far") == outputs(config.output)
+    assert not lease.exists()
+
+
+def test_a_lease_of_another_machine_is_stale_once_it_is_old(config, memory, monkeypatch):
+    monkeypatch.setattr("glintru_rec.scoring.lease._SECONDS_TO_WRITE", 0.01)
+    elsewhere = dataclasses.replace(config, output="memory://results")
+    place = f"/results/{LEASE_FILE}"
+
+    def left_by(seconds_ago):
+        memory.pipe(place, json.dumps({"job": "1", "host": "far", "process": 7, "renewed": time.time() - seconds_ago}).encode())
+
+    left_by(STALE_SECONDS - 30)
+    with pytest.raises(InputError, match=r"process 7 on far, last heard of 57\d s ago.*free again 10 minutes later"):
+        score(elsewhere)
+    assert memory.find("/results") == [place]
+    left_by(STALE_SECONDS + 1)
+    assert score(elsewhere).timing.fragments_now == 3
+    assert not memory.exists(place)
+    memory.pipe(place, b"")  # killed while it made the file
+    assert score(elsewhere).timing.fragments_now == 0
+
+
+def test_a_job_whose_lease_is_taken_stops(memory, monkeypatch):
+    monkeypatch.setattr("glintru_rec.scoring.lease.RENEW_SECONDS", 0.01)
+    remote = RemoteFolder("memory://results")
+    lease = Lease(remote, LEASE_FILE)
+    with lease.held():
+        first = json.loads(remote.read(LEASE_FILE))
+        while json.loads(remote.read(LEASE_FILE))["renewed"] == first["renewed"]:
+            time.sleep(0.01)
+        lease.check()
+        remote.write(LEASE_FILE, b'{"job": "other"}')
+
+        def write_on():
+            while True:
+                lease.check()
+                time.sleep(0.01)
+
+        with pytest.raises(InputError, match="was taken over by another job"):
+            write_on()
+    assert json.loads(remote.read(LEASE_FILE)) == {"job": "other"}
+
+
 def test_a_rank_that_is_not_the_first_reads_nothing_of_an_output(config, tmp_path, memory, monkeypatch):
     """The first one may be changing it by then."""
     score(dataclasses.replace(config, output="memory://results"))
@@ -179,10 +293,13 @@ def test_files_of_a_web_server(config, tmp_path, server):
     refused = dataclasses.replace(config, input=f"{server}/in/none.parquet", output=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"input 'http://.*none.parquet' matches no file"):
         score(refused)
+    signed = dataclasses.replace(config, input=f"{address}?sig=a*b[c]/d", output=str(tmp_path / "signed"))
+    score(signed)
+    assert outputs(tmp_path / "signed") == outputs(config.output)
     shutil.copy(path, tmp_path / "busy.parquet")
     with pytest.raises(InputError, match=r"'http://.*busy.parquet' is not readable parquet: 503"):
         score(dataclasses.replace(refused, input=f"{server}/busy.parquet"))
-    with pytest.raises(InputError, match=r"'.job/begun.json' cannot be written to 'http://.*other': 501"):
+    with pytest.raises(InputError, match=r"'.job/lease' cannot be written to 'http://.*other': 501"):
         score(dataclasses.replace(config, output=f"{server}/other"))
 
 
@@ -227,9 +344,12 @@ def test_what_cannot_be_used(config, tmp_path, memory):
     refused("input 'memory://none' matches no file", input="memory://none")
     refused("input 'gopher://x' cannot be listed: Protocol not known: gopher", input="gopher://x")
     refused("artifact 'memory://none' cannot be fetched", artifact="memory://none")
+    with pytest.raises(InputError, match="input 'memory://none' matches no file"):
+        update_states(dataclasses.replace(config, input="memory://none", mode="update", state=str(tmp_path / "states")))
     refused("'gopher://x' is no address that fsspec knows: Protocol not known: gopher", output="gopher://x")
-    refused("output is 'memory://o'; it must be a path", output="memory://o", mode="update", state="s")
-    refused("artifact is 'memory://m'; it must be a path of this machine", artifact="memory://m", mode="update", state="s")
+    refused("output is 'memory://o'; it must be a path of this machine in", output="memory://o", mode="update", state="s")
+    refused("state is 'memory://s'; it must be a path of this machine, as states", mode="update", state="memory://s")
+    refused("deny 'memory://none' cannot be fetched", deny="memory://none")
     refused("index.folder is ''; it must be a folder of this machine", artifact="memory://m", index=IndexConfig("ivf"))
     refused("has no column 'month'; it has .*'day', 'country'", keep_columns=["day", "month", "country"])
     refused("keep_columns is .'scores'.; it must be without scores", keep_columns=["scores"])

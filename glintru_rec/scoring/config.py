@@ -30,27 +30,28 @@ class ScoreConfig:
 
     Attributes:
         artifact: folder that launch/export.py wrote; at an address of fsspec, every process takes a copy (in ``TMPDIR``).
-        input: parquet file, folder of them or glob pattern, local or at an address of fsspec (``s3://…``, with s3fs installed;
-            not in mode update); one row per user, or one per event in mode update;
-            left out in mode items.
+        input: parquet file, folder of them or glob pattern, local or at an address of fsspec (``s3://…``, with s3fs installed);
+            one row per user, or one per event in mode update, which takes a copy (in ``TMPDIR``) of one elsewhere; left out in
+            mode items. An address ``https://host/file?sig=…`` is no pattern but that file.
         output: folder to write; it must not exist, be empty, or be of the same job. At an address of fsspec, files are made on
-            this machine (in ``TMPDIR``) and taken there, and two jobs at once are not refused; not in mode update.
+            this machine (in ``TMPDIR``) and taken there; not in mode update. Of two jobs at once the second is refused (see
+            `glintru_rec.scoring.lease` for how, elsewhere, and until when after a job was killed).
         mode: ``candidates`` scores each row's own candidates; ``top_k`` finds the best items of the catalog; ``encode``
             writes the user's vector; ``items`` writes the vector of every item: a score is the dot product of both (with
             similarity cosine, item vectors have length 1; biases are in the last number); ``update`` carries
             the states of users on by new events and finds the best items of those who acted (see
             `glintru_rec.scoring.update`); ``rank`` gives the predictions of a ranking model's tasks, probabilities or
             numbers, for each row's item (see `glintru_rec.scoring.examples` for the columns).
-        state: folder of the store of user states, made when missing; mode update only.
+        state: folder of the store of user states, on this machine, made when missing; mode update only.
         top_k: items to find for each user (fewer where the catalog has no more).
         exclude_seen: top_k and update leave out the items of the history.
         catalog: ``whole``: every rank searches all items for its own users; ``split``, for catalogs larger than a machine's
             memory: every rank (``--nproc``) searches an even part for the users of all, and the output is the same. mode top_k
             on the cpu only.
         index: an approximate search instead of the exact one, see `IndexConfig`; mode top_k only.
-        allow: parquet file of the only items that top_k may find, or items write, in the column ``item_column``; all when left
-            out.
-        deny: parquet file of items that top_k must not find, nor items write. Unknown items of both files are counted.
+        allow: parquet file, local or at an address, of the only items that top_k may find, or items write, in the column
+            ``item_column``; all when left out.
+        deny: the same of items that top_k must not find, nor items write. Unknown items of both files are counted.
         deny_column: name of the column of items that top_k must not find for the row's user, lists of item ids; none when left
             out. An item there that the vocabulary lacks changes nothing. (The row's own allow-list is mode candidates.)
         empty_history: what becomes of a row whose history has no known item. ``reject`` sets it aside; ``popular`` scores it,
@@ -97,8 +98,10 @@ class ScoreConfig:
         one_of("mode", self.mode, MODES)
         for key in ("artifact", "input", "output", "state", "allow", "deny"):
             setattr(self, key, local_path(getattr(self, key)))
-            may_be_remote = key in ("artifact", "input", "output") and self.mode != "update"
-            check(key, getattr(self, key), may_be_remote or not is_remote(getattr(self, key)), "a path of this machine")
+        local = "a path of this machine, as states are changed in place"
+        check("state", self.state, not is_remote(self.state), local)
+        local = "a path of this machine in mode update, as output and states change at once"
+        check("output", self.output, self.mode != "update" or not is_remote(self.output), local)
         has_place = self.index.kind == "exact" or bool(self.index.folder) or not is_remote(self.artifact)
         check(
             "index.folder", self.index.folder, has_place, f"a folder of this machine, as the artifact is at {self.artifact!r}"

@@ -161,7 +161,7 @@ def find_inputs(location: str) -> list[InputFile]:
         InputError: no file, one that is gone again, or two that would be written under one name.
     """
     paths: Sequence[Path | RemoteFile] = find_remote(location) if is_remote(location) else find_files(location)
-    places = [PurePosixPath(path.key) if isinstance(path, RemoteFile) else path for path in paths]
+    places = [PurePosixPath(path.place) if isinstance(path, RemoteFile) else path for path in paths]
     common = os.path.commonpath([place.parent for place in places])
     files: dict[str, InputFile] = {}
     for path, place, folders in zip(paths, places, _folder_values(places)):

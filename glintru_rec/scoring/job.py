@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,12 +83,16 @@ def _score(
     """Score into a folder of this machine, from which all goes on to ``remote`` where there is one."""
     rank, num_ranks = rank_and_size()
     check("device", config.device, num_ranks == 1 or config.device == "cpu", "cpu, as there are several ranks")
-    with fetched("artifact", config.artifact) as folder:  # what it has mapped into memory stays there when a copy is removed
-        artifact = (RankingArtifact if config.mode == "rank" else Artifact).load(folder, config.device)
-    scorer = ExampleScorer(config, artifact) if isinstance(artifact, RankingArtifact) else Scorer(config, artifact)
+    with ExitStack() as until_read:  # what an artifact has mapped into memory stays there when a copy is removed
+        folder, allow, deny = (
+            until_read.enter_context(fetched(key, getattr(config, key))) for key in ("artifact", "allow", "deny")
+        )
+        here = replace(config, artifact=folder, allow=allow, deny=deny)
+        artifact = (RankingArtifact if here.mode == "rank" else Artifact).load(here.artifact, here.device)
+        scorer = ExampleScorer(here, artifact) if isinstance(artifact, RankingArtifact) else Scorer(here, artifact)
+        terms = _terms(here, artifact)
     catalog = scorer.item_fragments() if isinstance(scorer, Scorer) and config.mode == "items" else {}
     files = [part.file for part in catalog.values()] or find_inputs(config.input)
-    terms = _terms(config, artifact)
     ledger = RemoteLedger(remote, output, terms, files) if remote else Ledger(output, terms, files)
     on_first(ledger.check)  # before the output is touched, and again when no other job can be there
     opened: dict[str, Fragment | InputError] = {**catalog} or scorer.open(files)

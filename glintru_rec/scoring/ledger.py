@@ -2,7 +2,7 @@
 
 ::
 
-    lock                       held while a job runs; the kernel lets go of it when the job dies
+    lock                       held while a job runs; the kernel lets go of it when the job dies (at an address: lease)
     begun.json                 what the output is made of: config, artifact, input files. Written first, never changed
     part-00000.parquet.json    one record per fragment, written after all its files: they are there, or why they cannot be
 """

@@ -1,8 +1,8 @@
 """The ledger of an output at an address: files are made on this machine, and taken there when they are whole.
 
 Object stores know no rename and no lock. So a fragment's files are written there first, its record last: without the record the
-fragment counts as missing, and is written again, with the same bytes. And two jobs that write one output at once are not
-refused: they would write the same files, as only the very same job may go on with an output.
+fragment counts as missing, and is written again, with the same bytes. And what keeps a second job out is a file that the first
+one renews (see `lease`).
 """
 
 from collections.abc import Collection, Iterator
@@ -13,8 +13,11 @@ from typing import Any
 from glintru_rec.errors import InputError
 from glintru_rec.scoring.addresses import RemoteFolder
 from glintru_rec.scoring.fragments import InputFile
+from glintru_rec.scoring.lease import Lease
 from glintru_rec.scoring.ledger import BEGUN_FILE, BESIDE, JOB_FOLDER, Ledger, Record
 from glintru_rec.scoring.report import SUCCESS_FILE
+
+LEASE_FILE = f"{JOB_FOLDER}/lease"
 
 
 class RemoteLedger(Ledger):
@@ -32,21 +35,23 @@ class RemoteLedger(Ledger):
         self._remote = remote
         self._place = str(remote)
         self._sizes: dict[str, int] = {}
+        self._lease = Lease(remote, LEASE_FILE)
         self._folder.mkdir()  # every rank has a folder of its own, and writes its records there first
 
     def check(self) -> None:
         """Read what is there, which the first rank alone needs to know, and do what `Ledger.check` does."""
-        if not self._sizes:
-            self._sizes = self._remote.sizes()
-            for name in self._sizes:
-                if name == SUCCESS_FILE or (name.startswith(f"{JOB_FOLDER}/") and name.endswith(".json")):
-                    self._remote.get(name, self._output / name)
+        known, self._sizes = self._sizes, self._remote.sizes()
+        self._sizes.pop(LEASE_FILE, None)
+        for name, size in self._sizes.items():
+            is_record = name.startswith(f"{JOB_FOLDER}/") and name.endswith(".json")
+            if (is_record or name == SUCCESS_FILE) and known.get(name) != size:
+                self._remote.get(name, self._output / name)
         super().check()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Begin the output or go on with it."""
-        with super().locked():
+        """Hold the output, alone, and begin it or go on with it."""
+        with self._lease.held(), super().locked():
             self.publish(f"{JOB_FOLDER}/{BEGUN_FILE}")
             yield
 
@@ -71,7 +76,12 @@ class RemoteLedger(Ledger):
             self._remote.remove(name)
 
     def publish(self, name: str) -> None:
-        """Take a file of the output to its place."""
+        """Take a file of the output to its place.
+
+        Raises:
+            InputError: it cannot be written, or another job has taken the output over.
+        """
+        self._lease.check()
         self._remote.put(self._output / name, name)
 
     def _check_free(self) -> None:

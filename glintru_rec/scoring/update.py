@@ -44,6 +44,7 @@ from glintru_rec.data.scratch import scratch_database
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.files import check_free, make_aside, publish, sha256_of, sync, write_json, write_text
+from glintru_rec.scoring.addresses import fetched, fetched_files
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.events import EventBatch, Events, open_events
 from glintru_rec.scoring.report import REPORT_FILE, SUCCESS_FILE
@@ -96,12 +97,23 @@ def update_states(config: ScoreConfig, progress: Callable[[int, int], None] | No
         InputError: the artifact, its encoder, the input, the store or the output folder cannot be used. Nothing has
             changed then.
     """
+    with fetched("artifact", config.artifact) as folder, fetched_files(config.input) as (location, addresses):
+        return _update(config, Artifact.load(folder, config.device), location, addresses, progress)
+
+
+def _update(
+    config: ScoreConfig,
+    artifact: Artifact,
+    location: str,
+    addresses: dict[str, str],
+    progress: Callable[[int, int], None] | None,
+) -> UpdateReport:
+    """Apply the files at a path of this machine, of which ``addresses`` says what they are copies of."""
     start = time.monotonic()
     output = Path(config.output).absolute()
-    artifact = Artifact.load(config.artifact, config.device)
     _check_recurrent(artifact)
     columns = LogColumns(config.user_column, config.item_column, config.time_column, tuple(artifact.side.names))
-    files = open_events(config.input, columns)
+    files = open_events(location, columns)
     identity = _identity(config, columns, files)
     with StateStore(Path(config.state), artifact.fingerprint) as store:
         if store.finish_last_update() == (identity, output) and (output / SUCCESS_FILE).exists():
@@ -110,7 +122,7 @@ def update_states(config: ScoreConfig, progress: Callable[[int, int], None] | No
         check_free("output", output)
         aside = make_aside(output)
         try:
-            report = _fill(aside, files, columns, store, artifact, config, progress, start)
+            report = _fill(aside, files, addresses, columns, store, artifact, config, progress, start)
             sync(aside)
             store.commit(identity, output, aside)
         except BaseException:
@@ -143,6 +155,7 @@ def _identity(config: ScoreConfig, columns: LogColumns, files: list[LogFile]) ->
 def _fill(
     aside: Path,
     files: list[LogFile],
+    addresses: dict[str, str],
     columns: LogColumns,
     store: StateStore,
     artifact: Artifact,
@@ -169,7 +182,9 @@ def _fill(
                 if progress is not None:
                     progress(users_done, events.num_users)
             for rejected in events.rows_set_aside():
-                written.write_beside(REJECTS_FOLDER, rejected)
+                fragments = pa.array([addresses.get(path, path) for path in rejected["fragment"].to_pylist()], pa.string())
+                place = rejected.schema.get_field_index("fragment")
+                written.write_beside(REJECTS_FOLDER, rejected.set_column(place, "fragment", fragments))
         set_aside = events.counts_set_aside()
         num_rows = events.num_rows
     assert num_rows == events_applied + unknown_items + set_aside.total()
