@@ -7,7 +7,11 @@ import sys
 
 import pytest
 
+from glintru_rec.config import compose
 from glintru_rec.errors import InputError
+from glintru_rec.programs.train import train
+from glintru_rec.programs.train_ranking import train_ranking
+from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.training.config import LoggingConfig, TrainConfig
 from glintru_rec.training.mlflow_log import MlflowLog, flatten
 from glintru_rec.training.run_log import RunLog
@@ -77,6 +81,19 @@ def test_store_that_cannot_be_used_is_refused(tmp_path, uri, monkeypatch):
     with pytest.raises(InputError, match=f"logging.mlflow={uri} cannot be used"):
         MlflowLog(tmp_path, LoggingConfig(uri), {})
     assert not (tmp_path / "mlflow.json").exists()
+
+
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_a_run_with_a_store_that_cannot_be_used_leaves_no_trace(task, dataset_dir, ranking_data, tmp_path):
+    data = dataset_dir if task == "retrieval" else ranking_data
+    overrides = [f"data.path={data}", f"output={tmp_path / 'run'}", "logging.mlflow=nonsense://host"]
+    if task == "retrieval":
+        program, config = train, compose("train", TrainConfig, overrides)
+    else:
+        program, config = train_ranking, compose("train_ranking", RankingConfig, ["task=ranking", *overrides])
+    with pytest.raises(InputError, match=r"logging\.mlflow=nonsense://host cannot be used"):
+        program(config)
+    assert not (tmp_path / "run").exists()
 
 
 # As where it is not installed: the finders that would find it do not see it.

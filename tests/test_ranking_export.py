@@ -101,8 +101,8 @@ def raw_rows(folder) -> list[dict]:
     return rows
 
 
-def score_rows(folder, name: str, rows: list[dict], where, **options):
-    pq.write_table(pa.Table.from_pylist(rows), where / "in.parquet")
+def score_rows(folder, name: str, rows: list[dict], where, schema: pa.Schema | None = None, **options):
+    pq.write_table(pa.Table.from_pylist(rows, schema), where / "in.parquet")
     arguments = {"input": str(where / "in.parquet"), "output": str(where / "out"), "mode": "rank", "batch_size": 50}
     report = score(ScoreConfig(str(folder / f"{name} artifact"), **{**arguments, **options}))
     return report, pq.read_table(where / "out/in.parquet")
@@ -192,6 +192,32 @@ def test_unknown_values_and_bad_rows(folder, tmp_path):
 def test_a_whole_number_that_a_float_rounds(folder, tmp_path):
     report, _ = score_rows(folder, "no tower", [{**raw_rows(folder)[30], "dense.before": 2**53 + 1}], tmp_path)
     assert report.rows_scored == 1
+
+
+def test_a_value_that_the_type_cannot_hold_sets_its_row_aside(folder, tmp_path):
+    """As all values of a column have one type, the others of it are unsigned too."""
+    good, too_large = raw_rows(folder)[30], 2**63
+    history = good["history"]
+    rows = [
+        good,
+        {**good, "item_id": too_large},
+        {**good, "history": [*history[:-1], too_large]},
+        {**good, "sequence.odd": [too_large, *good["sequence.odd"][1:]]},
+        {**good, "sparse.user": too_large},
+        {**good, "sparse.pair": [1, too_large]},
+        {**good, "sparse.user": None, "history": None},
+        good,
+    ]
+    unsigned = {pa.int64(): pa.uint64(), pa.list_(pa.int64()): pa.list_(pa.uint64())}
+    schema = pa.schema([(field.name, unsigned.get(field.type, field.type)) for field in pa.Table.from_pylist([good]).schema])
+    report, scores = score_rows(folder, "glint_ru", rows, tmp_path, schema)
+    assert (report.failed, report.rows_in, report.rows_scored) == ({}, 8, 2)
+    assert report.rows_set_aside == {"value_of_other_type": 5, "null_history": 1}
+    rejects = pq.read_table(tmp_path / "out/rejects/in.parquet").to_pylist()
+    assert [row["row"] for row in rejects if row["reason"] == "value_of_other_type"] == [2, 3, 4, 5, 6]
+    (tmp_path / "alone").mkdir()
+    _, alone = score_rows(folder, "glint_ru", [good], tmp_path / "alone")
+    assert [scores["odd"][row].as_py() for row in (0, 1)] == pytest.approx([alone["odd"][0].as_py()] * 2, abs=1e-6)
 
 
 def test_a_column_that_is_missing_or_of_another_type(folder, tmp_path):

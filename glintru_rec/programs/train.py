@@ -13,7 +13,7 @@ from glintru_rec.programs.launcher import write_config
 from glintru_rec.tables.plan import describe_plan, print_plan
 from glintru_rec.training.build import open_dataset
 from glintru_rec.training.config import TrainConfig
-from glintru_rec.training.mlflow_log import check_loggers
+from glintru_rec.training.mlflow_log import check_loggers, check_reachable
 from glintru_rec.training.processes import launch_id, process_group, restart_count
 from glintru_rec.training.run_log import describe_versions
 from glintru_rec.training.trainer import Stopped, Trainer
@@ -35,6 +35,7 @@ def train(config: TrainConfig) -> int:
     dataset = open_dataset(config)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
+        check_reachable(config.logging)
         trainer = Trainer(config, dataset, device)
         if resume:
             trainer.resume()

@@ -10,7 +10,7 @@ from glintru_rec.ranking.config import RankingConfig
 from glintru_rec.ranking.dataset import RankingDataset, check_features, keep_features
 from glintru_rec.ranking.trainer import RankingTrainer
 from glintru_rec.training.checkpoint import best_checkpoint, read_state
-from glintru_rec.training.mlflow_log import check_loggers
+from glintru_rec.training.mlflow_log import check_loggers, check_reachable
 from glintru_rec.training.processes import process_group
 from glintru_rec.training.trainer import Stopped
 
@@ -29,6 +29,7 @@ def train_ranking(config: RankingConfig) -> int:
     dataset = RankingDataset.open(config.data.path)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as device:
         check_free(run_dir, resume)
+        check_reachable(config.logging)
         if resume:
             check_features(config.data.path, run_dir)
         trainer = RankingTrainer(config, dataset, device)

@@ -13,7 +13,8 @@ A row of the input is an example, with the columns
 
 Each feature holds what its expression gave when the dataset was prepared (the artifact's manifest has the expressions): the
 job looks values up and scales numbers as preparing did, but cannot look back in a log, as the expressions' windows do. A
-value that training did not see is the unknown one of its feature; an item likewise: it is scored, counted and listed.
+value that training did not see is the unknown one of its feature; an item likewise: it is scored, counted and listed. A row
+with a value that the type of those that were learnt cannot hold (2^63 where they were int64) is set aside.
 
 Shapes: R rows of a batch as read, B of them to be scored, T events, N pooled ids, F dense, G pooled and S sequence features.
 """
@@ -77,6 +78,10 @@ class ExampleScorer:
         self._dense = [f"dense.{name}" for name in artifact.manifest["dense"]]
         self._history = config.history_column if artifact.manifest["has_tower"] else None
         side = (config.item_column, *self._sequence.values(), *self._sparse.values(), *self._dense)
+        self._looked_up = {config.item_column: ITEM_FEATURE}
+        self._looked_up |= {self._history: ITEM_FEATURE} if self._history else {}
+        self._looked_up |= {column: f"sequence:{name}" for name, column in self._sequence.items()}
+        self._looked_up |= {column: f"sparse:{name}" for name, column in self._sparse.items()}
         self._columns = Columns(config.user_column, self._history, None, None, side)
 
     def open(self, files: list[InputFile]) -> dict[str, Fragment | InputError]:
@@ -86,12 +91,9 @@ class ExampleScorer:
     def _open(self, file: InputFile) -> Fragment:
         hint = "Name the right ones with user_column, history_column and item_column"
         fragment, schema = open_file(file, self._columns, hint, f"{hint}; the others are the model's features")
-        wanted = [(self._config.item_column, ITEM_FEATURE, False)]
-        wanted += [(self._history, ITEM_FEATURE, True)] if self._history else []
-        wanted += [(column, f"sequence:{name}", True) for name, column in self._sequence.items()]
-        wanted += [(column, f"sparse:{name}", is_list(schema.field(column).type)) for name, column in self._sparse.items()]
-        for column, feature, in_lists in wanted:
+        for column, feature in self._looked_up.items():
             kind, values = schema.field(column).type, self._artifact.values[feature].type
+            in_lists = is_list(kind) if column in self._sparse.values() else column != self._config.item_column
             if is_list(kind) != in_lists or not _fits(kind.value_type if in_lists else kind, values):
                 raise InputError(
                     f"column {column!r} of {str(file.path)!r} has type {kind}; the model learnt values of "
@@ -107,19 +109,28 @@ class ExampleScorer:
         """Read a fragment, a batch at a time.
 
         Raises:
-            InputError: it is damaged, or a value does not fit the type that the model learnt.
+            InputError: it is damaged.
         """
         first_row = 1
         for batch in fragment.batches(self._config.batch_size):
             try:
-                yield self._decode(batch, fragment.file.name, first_row)
-            except pa.ArrowInvalid as error:
-                raise InputError(
-                    f"{str(fragment.file.path)!r} holds a value that the model cannot have learnt: {error}"
-                ) from error
+                yield self._decode(batch, fragment.file.name, first_row, np.zeros(len(batch), bool))
+            except pa.ArrowInvalid:
+                yield self._decode(batch, fragment.file.name, first_row, self._of_other_type(batch))
             first_row += len(batch)
 
-    def _decode(self, batch: pa.RecordBatch, fragment: str, first_row: int) -> Examples:
+    def _of_other_type(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Say which rows hold a value that the type of those that were learnt cannot: bool ``[R]``."""
+        found = np.zeros(len(batch), bool)
+        for column, feature in self._looked_up.items():
+            values = batch.column(column)
+            rows = np.arange(len(batch))
+            if is_list(values.type):
+                rows, values = np.repeat(rows, _lengths(values)), values.flatten()
+            found[rows[_cannot_be(plain(values), self._artifact.values[feature].type)]] = True
+        return found
+
+    def _decode(self, batch: pa.RecordBatch, fragment: str, first_row: int, of_other_type: np.ndarray) -> Examples:
         """Look up the values of a batch and set aside the rows that cannot be scored."""
         users, items = plain(batch.column(self._columns.user)), plain(batch.column(self._config.item_column))
         reason = np.full(len(batch), -1)
@@ -132,6 +143,7 @@ class ExampleScorer:
             for column in self._sequence.values():
                 lengths = _lengths(batch.column(column))
                 mark(reason, Reason.OTHER_LENGTH, ~is_null(batch.column(column)) & (lengths != _lengths(history)))
+        mark(reason, Reason.OTHER_TYPE, of_other_type)
         keep = pa.array(reason < 0)
         kept = batch.filter(keep)
         candidates = self._rows(ITEM_FEATURE, kept.column(self._config.item_column))
@@ -210,6 +222,16 @@ def _fits(kind: pa.DataType, learnt: pa.DataType) -> bool:
         return pa.types.is_integer(kind) or pa.types.is_floating(kind)
     texts = ("string", "large_string", "string_view")
     return str(kind) in texts and str(learnt) in texts
+
+
+def _cannot_be(values: pa.Array, kind: pa.DataType) -> np.ndarray:
+    """Say which values a type cannot hold, by halves, as few do not: bool ``[N]``."""
+    try:
+        values.cast(kind)
+    except pa.ArrowInvalid:
+        half = len(values) // 2
+        return np.concatenate([_cannot_be(part, kind) for part in (values[:half], values[half:])]) if half else np.ones(1, bool)
+    return np.zeros(len(values), bool)
 
 
 def _lengths(column: pa.Array) -> np.ndarray:

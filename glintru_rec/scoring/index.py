@@ -3,9 +3,12 @@
 Shapes: V catalog, B users, T items to leave out, Q numbers of a query or item vector, F items asked of the index for a user.
 """
 
+import fcntl
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor
 from glintru_rec.config import check, check_at_least, one_of
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
-from glintru_rec.files import aside_of, publish, sha256_of, write_json
+from glintru_rec.files import aside_of, publish, remove_asides, sha256_of, write_json
 from glintru_rec.scoring.pipeline import map_in_order
 
 KINDS = ("exact", "ivf", "hnsw")
@@ -162,6 +165,9 @@ class IndexedCatalog:
 def open_index(artifact: Artifact, config: IndexConfig, num_threads: int) -> Any:
     """Read the index of an artifact's items from the disk; build and keep it first, where there is none.
 
+    One process at a time builds in a folder, and removes what killed builds have left there. Another one waits, and then reads
+    what it wants if that has been built.
+
     Args:
         artifact: whose items they are.
         config: what it is to be.
@@ -178,25 +184,36 @@ def open_index(artifact: Artifact, config: IndexConfig, num_threads: int) -> Any
     )
     path, about = folder / f"{config.kind}-{name}.faiss", folder / f"{config.kind}-{name}.json"
     if not about.exists():
-        index = _built(artifact, config, num_threads)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = aside_of(path)
-            try:
-                faiss.write_index(index, str(aside))
-                publish(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
-            write_json(about, terms | {"sha256": sha256_of(path)})
+            with _only_builder(folder):
+                if not about.exists():
+                    remove_asides(folder)
+                    index = _built(artifact, config, num_threads)
+                    aside = aside_of(path)
+                    try:
+                        faiss.write_index(index, str(aside))
+                        publish(aside, path)
+                    finally:
+                        aside.unlink(missing_ok=True)
+                    write_json(about, terms | {"sha256": sha256_of(path)})
+                    return index
         except (OSError, RuntimeError) as error:
             raise InputError(f"an index cannot be kept in {str(folder)!r}: {error}; name another index.folder") from error
-        return index
     try:
         if json.loads(about.read_text())["sha256"] != sha256_of(path):
             raise ValueError("it is not what was written")
         return faiss.read_index(str(path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"index {str(path)!r} cannot be used: {error}; remove it and {about.name!r}") from error
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Hold a folder of indexes, alone; the kernel lets go of it when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _terms(artifact: Artifact, config: IndexConfig, version: str) -> dict[str, Any]:

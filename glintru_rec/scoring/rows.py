@@ -27,6 +27,7 @@ class Reason(enum.StrEnum):
     NULL_HISTORY = "null_history"
     NULL_HISTORY_ITEM = "null_history_item"
     OTHER_LENGTH = "side_feature_of_other_length"
+    OTHER_TYPE = "value_of_other_type"
     NULL_DENIED = "null_denied"
     NULL_DENIED_ITEM = "null_denied_item"
     NULL_CANDIDATES = "null_candidates"

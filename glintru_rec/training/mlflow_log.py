@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json
+from glintru_rec.training.checkpoint import from_first_rank
 from glintru_rec.training.config import LoggingConfig
 
 # Which run of MLflow's the run directory is, so that a resumed run goes on there.
@@ -19,9 +21,40 @@ PARAMETERS_AT_ONCE = 100  # what MLflow takes in a call
 
 
 def check_loggers(logging: LoggingConfig) -> None:
-    """Raise an `InputError` if what the config logs to is not installed; call it on all ranks before they meet."""
+    """Raise an `InputError` if what the config logs to is not installed; call it on all ranks before they meet.
+
+    `check_reachable` looks whether it is there.
+    """
     if logging.mlflow and importlib.util.find_spec("mlflow") is None:
         raise InputError(f"logging.mlflow={logging.mlflow} needs MLflow: pip install 'glintru_rec[mlflow]', or leave it empty")
+
+
+def check_reachable(logging: LoggingConfig) -> None:
+    """Raise an `InputError` on all ranks if what the config logs to cannot be used; the first rank looks.
+
+    Nothing has been written to it afterwards, save that a database that did not exist was made.
+    """
+
+    def look() -> None:
+        if not logging.mlflow:
+            return
+        from mlflow import MlflowClient
+
+        with _errors_of(logging.mlflow):
+            MlflowClient(tracking_uri=logging.mlflow).get_experiment_by_name(logging.experiment)
+
+    from_first_rank(look)
+
+
+@contextmanager
+def _errors_of(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises at its first calls into an `InputError`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError, ValueError, KeyError) as error:
+        raise InputError(f"logging.mlflow={uri} cannot be used: {_first_line(error)}") from error
 
 
 class MlflowLog:
@@ -40,10 +73,9 @@ class MlflowLog:
 
     def __init__(self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any]):
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         known = run_dir / MLFLOW_FILE
-        try:
+        with _errors_of(logging.mlflow):
             self.client = MlflowClient(tracking_uri=logging.mlflow)
             if known.is_file() and (there := json.loads(known.read_text()))["uri"] == logging.mlflow:
                 self.run_id: str = there["run_id"]
@@ -51,8 +83,6 @@ class MlflowLog:
             else:
                 self.run_id = self._begin(logging.experiment, logging.run_name or run_dir.name, config)
                 write_json(known, {"uri": logging.mlflow, "run_id": self.run_id})
-        except (MlflowException, OSError, ValueError, KeyError) as error:
-            raise InputError(f"logging.mlflow={logging.mlflow} cannot be used: {_first_line(error)}") from error
         self.sender = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self.failed = False
 
