@@ -1,4 +1,7 @@
-"""One table of parity: what was exported, in every format, is the eager model, in a process where only torch is installed."""
+"""One table of parity: what was exported, in every format, is the eager model, in a process where only torch is installed.
+
+So is a module around a compiled encoder, in this process: torch.compile writes no file.
+"""
 
 import json
 import subprocess
@@ -14,6 +17,7 @@ from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders import GlintRU, LRURec, RecGRELA, SASRec
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, export_artifact
+from glintru_rec.export.recurrent_module import RecurrentScoringModule
 from glintru_rec.jagged import keep_last, offsets_from_lengths
 from glintru_rec.model import SequenceModel
 
@@ -35,6 +39,8 @@ TRACED = [("light", "cosine")]
 COMPILED = [("lru_rec", "dot")]
 CASES = [("torchscript", *case) for case in SCRIPTED]
 CASES += [("pt2", *case) for case in TRACED] + [("aoti", *case) for case in COMPILED]
+# Six to ten seconds an encoder; that each one compiles whole, tests/test_compile.py sees.
+CASES += [("compiled", "light", "cosine"), ("compiled", "lru_rec", "bias")]
 BATCHES = {
     "none": [],
     "one": [17],
@@ -130,17 +136,40 @@ def query_of(model, ids, lengths):
     return model.encode(*keep_last(ids, offsets_from_lengths(lengths), MAX_SEQ_LEN), ids[:0])[0]
 
 
+@torch.inference_mode()
+def run_compiled(encoder, kind):
+    """What FRESH makes of an artifact, of the module that is scripted, with the encoder compiled as training compiles it."""
+    model = make_model(encoder, kind)
+    model.encoder.compile(fullgraph=True, dynamic=True)
+    model.encoder.step = torch.compile(model.encoder.step, fullgraph=True, dynamic=True)
+    module = RecurrentScoringModule(model.encoder, model.table.rows, model.similarity, MAX_SEQ_LEN)
+    outputs = {}
+    for name, (ids, lengths, candidates, candidate_lengths, new_ids) in batches_of("compiled").items():
+        out = outputs[f"compiled-{encoder}", name] = {
+            "encode": module.encode(ids, lengths),
+            "score": module.score(ids, lengths, candidates, candidate_lengths),
+            "top_k": module.top_k(ids, lengths, 100),
+        }
+        out["advance"], state = module.advance(ids, lengths, module.init_state(len(lengths)))
+        out["step"], _ = module.step(new_ids, state)
+    return outputs
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """What a process without the package made of every artifact."""
+    """What a process without the package made of every artifact, and this one of compiled encoders."""
     folder = tmp_path_factory.mktemp("programs")
+    compiled = {}
     for format, encoder, kind in CASES:
+        if format == "compiled":
+            compiled |= run_compiled(encoder, kind)
+            continue
         export(make_model(encoder, kind), folder / f"{format}-{encoder}", format)
     torch.save({format: batches_of(format) for format in ("torchscript", "pt2", "aoti")}, folder / "batches.pt")
     (folder / "fresh.py").write_text(FRESH)
-    names = [f"{format}-{encoder}" for format, encoder, _ in CASES]
+    names = [f"{format}-{encoder}" for format, encoder, _ in CASES if format != "compiled"]
     subprocess.run([sys.executable, "-I", "fresh.py", *names], cwd=folder, check=True)
-    return folder, torch.load(folder / "outputs.pt")
+    return folder, torch.load(folder / "outputs.pt") | compiled
 
 
 @pytest.mark.programs
