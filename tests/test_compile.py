@@ -50,7 +50,7 @@ def operator_inputs(lengths, dtype=torch.float64):
     }
     for causal in (True, False):
         for name, channels in (("dense", 4), ("depthwise", 1)):
-            conv = draw(items, 4), draw(4, channels, 3), draw(4), offsets, causal, True, "auto"
+            conv = draw(items, 4), draw(4, channels, 3), draw(4), offsets, causal, "auto"
             inputs[f"conv_forward, {name}, causal {causal}"] = conv
         key_sums = draw(sequences, 2, 3).detach().exp().requires_grad_()
         options = (state, key_sums, offsets, causal, 0.1, 4, "auto")

@@ -22,9 +22,9 @@ op                            inputs                                            
 ``normalized_backward``       grad_out, grad_last_memory, grad_last_key_sums, q, k,       grad_q, grad_k, grad_q_rotary,
                               q_rotary, k_rotary, v, memory, key_sums, offsets, out,      grad_k_rotary, grad_v, grad_memory,
                               weights, causal                                             grad_key_sums
-``conv_forward``              x [T, D_in], weight [D_out, D_in, k] or [D_in, 1, k],       out [T, D_out], windows [T, k, D_in]
-                              bias [D_out], offsets, causal: bool, save: bool             ([0, k, D_in] if not save)
-``conv_backward``             grad_out, x, weight, offsets, windows, causal               grad_x, grad_weight, grad_bias
+``conv_forward``              x [T, D_in], weight [D_out, D_in, k] or [D_in, 1, k],       out [T, D_out]
+                              bias [D_out], offsets, causal: bool
+``conv_backward``             grad_out, x, weight, offsets, causal                        grad_x, grad_weight, grad_bias
 ``selective_gru_forward``     u [T, D], weights (12 tensors), initial [B, D], offsets,    out [T, D], last [B, D], c [T, D],
                               kept [T, D] or None, rate: float, save: bool                g [T, D], hidden [T, D], scan [T, 4D]
                                                                                           (of no items if not save)
@@ -33,11 +33,11 @@ op                            inputs                                            
 ============================= =========================================================== ====================================
 
 ``saved`` of the GRU holds what the implementation wants, in an order of its own: the same implementation reads it.
-``weights`` are the divisors q · Σ k + ε of each item and head. Each op ends with ``implementation`` (see
+``weights`` are the divisors q · Σ k + ε of each item and head. Where no state is kept, the attentions' ops take ``[0, ...]`` as
+the initial one and give as much as the last; kernels always get and give all B. Each op ends with ``implementation`` (see
 `glintru_rec.ops.implementation`), the attentions' before it with ``chunk_size``, which no kernel gets. Kernels for ``gru``,
 ``scan``, ``conv``, ``attention`` and ``normalized`` are in ``triton_gru.py`` and so on, as plain functions ``forward`` and
-``backward`` with the arguments above, in this order, and these results; those of ``conv`` are causal, and neither give nor take
-``windows``. Those of ``selective_gru`` get its weights by name; its operators run nothing but kernels, since its torch code
-composes the operators of the parts, and take no ``implementation``. ``random_bits``, ``rotate`` and ``softmax_attention`` have
-no kernels.
+``backward`` with the arguments above, in this order, and these results; those of ``conv`` are causal. Those of
+``selective_gru`` get its weights by name; its operators run nothing but kernels, since its torch code composes the operators of
+the parts, and take no ``implementation``. ``random_bits``, ``rotate`` and ``softmax_attention`` have no kernels.
 """

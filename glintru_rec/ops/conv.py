@@ -1,6 +1,7 @@
 """Ragged 1-D convolution: ``torch.nn.Conv1d`` within each sequence, zeros beyond its ends.
 
-A dense one is one matmul over the k shifted views of the input, a depthwise one k products.
+A dense one is one matmul over the k shifted views of the input, a depthwise one k products. Backward the same views are of the
+gradient, shifted the other way: nothing of the forward pass is kept but the input, and the gradients are matmuls as they are.
 
 Shapes: T items, D_in and D_out channels, k taps.
 """
@@ -51,40 +52,64 @@ def ragged_conv1d(
         InputError: the implementation is not to be had, or the weight fits neither convolution.
     """
     if torch.jit.is_scripting():
-        return _convolve(x, weight, bias, offsets, causal)[0]
-    save = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    return _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), offsets, causal, save, implementation)[0]
+        return _convolve(x, weight, bias, offsets, causal)
+    return _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), offsets, causal, implementation)
 
 
 def _is_depthwise(x: Tensor, weight: Tensor) -> bool:
     return weight.size(1) != x.size(1)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Forward pass: the result, and what each tap reads, ``[T, k, D_in]``."""
-    taps, num_items = weight.size(2), x.size(0)
-    windows = x.new_empty([num_items, taps, x.size(1)])
-    for j in range(taps):
-        first, last, shift, outside = _reach(j, taps, offsets, num_items, causal)
-        windows[first:last, j] = x[first + shift : last + shift]
-        windows[outside, j] = 0.0  # not a product with zero: what lies there may be infinite
+def _shifts(taps: int, causal: bool) -> list[int]:
+    """How many rows on each tap reads."""
+    return [j - (taps - 1 if causal else (taps - 1) // 2) for j in range(taps)]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, causal: bool) -> Tensor:
+    """Forward pass."""
+    shifts = _shifts(weight.size(2), causal)
     if not _is_depthwise(x, weight):
-        return torch.addmm(bias, windows.view([num_items, taps * x.size(1)]), _flat(weight)), windows
-    out = torch.addcmul(bias, windows[:, 0], weight[:, 0, 0])
-    for j in range(1, taps):
-        out.addcmul_(windows[:, j], weight[:, 0, j])
-    return out, windows
+        return torch.addmm(bias, _windows(x, shifts, offsets), _flat(weight))
+    place, num_after = _places(offsets, x.size(0))
+    by_tap = weight.view([x.size(1), weight.size(2)]).t().contiguous()  # rows are read in one piece, several times faster
+    out = bias.repeat([x.size(0), 1])
+    for j, shift in enumerate(shifts):
+        out.addcmul_(_shifted(x, shift, place, num_after), by_tap[j])
+    return out
 
 
-def _reach(j: int, taps: int, offsets: Tensor, num_items: int, causal: bool) -> tuple[int, int, int, Tensor]:
-    """Say what tap j reads: items ``first .. last`` that many rows on, ``shift``, except in ``outside``."""
-    shift = j - (taps - 1 if causal else (taps - 1) // 2)
-    first, last = min(max(-shift, 0), num_items), max(num_items - max(shift, 0), 0)
-    place = positions(offsets, num_items) + shift
-    outside = place < 0
-    if shift > 0:
-        outside = place >= lengths_from_offsets(offsets)[sequence_index(offsets, num_items)]
-    return first, max(first, last), shift, outside.nonzero().squeeze(1)
+def _places(offsets: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """Count the items before and after each one in its sequence, int64 ``[T]`` both."""
+    place = positions(offsets, num_items)
+    return place, lengths_from_offsets(offsets)[sequence_index(offsets, num_items)] - 1 - place
+
+
+def _windows(x: Tensor, shifts: list[int], offsets: Tensor) -> Tensor:
+    """Lay ``x``, shifted in each of these ways (see `_shifted`), side by side: ``[T, k * D_in]``."""
+    place, num_after = _places(offsets, x.size(0))
+    windows = x.new_empty([x.size(0), len(shifts), x.size(1)])
+    for j, shift in enumerate(shifts):
+        _shift(x, shift, place, num_after, windows[:, j])
+    return windows.view([x.size(0), len(shifts) * x.size(1)])
+
+
+def _shifted(x: Tensor, shift: int, place: Tensor, num_after: Tensor) -> Tensor:
+    """Give each item the row that many rows on, zeros where that is another sequence's."""
+    if shift == 0:
+        return x
+    out = torch.empty_like(x)
+    _shift(x, shift, place, num_after, out)
+    return out
+
+
+def _shift(x: Tensor, shift: int, place: Tensor, num_after: Tensor, out: Tensor) -> None:
+    """Write what `_shifted` gives into ``out``."""
+    first, last = max(-shift, 0), x.size(0) - max(shift, 0)
+    if first < last:
+        out[first:last] = x[first + shift : last + shift]
+    if shift != 0:
+        outside = (place < -shift) if shift < 0 else (num_after < shift)
+        out.index_fill_(0, outside.nonzero().squeeze(1), 0.0)  # not a product with zero: what lies there may be infinite
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -93,41 +118,38 @@ def _flat(weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("glintru_rec::conv_forward", mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, causal: bool, save: bool, implementation: str
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, causal: bool, implementation: str) -> Tensor:
     if _is_depthwise(x, weight) and (weight.size(1) != 1 or weight.size(0) != x.size(1)):
         shapes = f"weight {list(weight.shape)} and x {list(x.shape)}"
         raise InputError(f"ragged_conv1d: {shapes} fit neither a dense nor a depthwise convolution")
     kernels = _kernels(x, weight, causal, implementation)
     if kernels is not None:
-        return kernels.forward(x, weight, bias, offsets), x.new_empty(0, weight.size(2), x.size(1))
-    out, windows = _convolve(x, weight, bias, offsets, causal)
-    return out, windows if save else x.new_empty(0, weight.size(2), x.size(1))
+        return kernels.forward(x, weight, bias, offsets)
+    return _convolve(x, weight, bias, offsets, causal)
 
 
 @torch.library.custom_op("glintru_rec::conv_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, windows: Tensor, causal: bool, implementation: str
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, causal: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels(x, weight, causal, implementation)
     if kernels is not None:
         return kernels.backward(grad, x, weight, offsets)
-    taps, num_items = weight.size(2), x.size(0)
-    depthwise = _is_depthwise(x, weight)
-    if depthwise:
-        grad_weight = torch.stack([(grad * windows[:, j]).sum(0) for j in range(taps)], 1).unsqueeze(1)
-    else:
-        by_tap = (grad @ _flat(weight).t()).view(num_items, taps, x.size(1))  # gradients of the windows
-        by_place = windows.view(num_items, taps * x.size(1)).t() @ grad
-        grad_weight = by_place.view(taps, x.size(1), weight.size(0)).permute(2, 1, 0).contiguous()
-    grad_x = torch.zeros_like(x)
-    for j in range(taps):
-        first, last, shift, outside = _reach(j, taps, offsets, num_items, causal)
-        share = grad * weight[:, 0, j] if depthwise else by_tap[:, j]
-        share[outside] = 0.0
-        grad_x[first + shift : last + shift] += share[first:last]
-    return grad_x, grad_weight, grad.sum(0)
+    taps, (width_out, width_in) = weight.size(2), (weight.size(0), x.size(1))
+    shifts = [-shift for shift in _shifts(taps, causal)]
+    if not _is_depthwise(x, weight):
+        windows = _windows(grad, shifts, offsets)
+        grad_x = windows @ weight.permute(2, 0, 1).reshape(taps * width_out, width_in)
+        grad_weight = (windows.t() @ x).view(taps, width_out, width_in).permute(1, 2, 0).contiguous()
+        return grad_x, grad_weight, grad.sum(0)
+    by_tap = weight.view(width_in, taps).t().contiguous()
+    grad_x, grad_by_tap = torch.zeros_like(x), torch.empty_like(by_tap)
+    place, num_after = _places(offsets, x.size(0))
+    for j, shift in enumerate(shifts):
+        shifted = _shifted(grad, shift, place, num_after)
+        grad_x.addcmul_(shifted, by_tap[j])
+        torch.sum(shifted * x, 0, out=grad_by_tap[j])
+    return grad_x, grad_by_tap.t().reshape(weight.shape), grad.sum(0)
 
 
 def _kernels(x: Tensor, weight: Tensor, causal: bool, implementation: str) -> ModuleType | None:
@@ -137,25 +159,22 @@ def _kernels(x: Tensor, weight: Tensor, causal: bool, implementation: str) -> Mo
 
 
 @_forward.register_fake
-def _(x, weight, bias, offsets, causal, save, implementation):
-    rows = x.size(0) if save and triton_kernels("conv", implementation if causal else "torch", x, weight) is None else 0
-    return x.new_empty(x.size(0), weight.size(0)), x.new_empty(rows, weight.size(2), x.size(1))
+def _(x, weight, bias, offsets, causal, implementation):
+    return x.new_empty(x.size(0), weight.size(0))
 
 
 @_backward.register_fake
-def _(grad, x, weight, offsets, windows, causal, implementation):
+def _(grad, x, weight, offsets, causal, implementation):
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.size(0))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, offsets, causal, _, implementation = inputs
-    ctx.save_for_backward(x, weight, offsets, output[1])
-    ctx.causal, ctx.implementation = causal, implementation
-    ctx.mark_non_differentiable(output[1])
+    x, weight, _, offsets, ctx.causal, ctx.implementation = inputs
+    ctx.save_for_backward(x, weight, offsets)
 
 
-def _gradients(ctx, grad: Tensor, _):
-    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.implementation), None, None, None, None
+def _gradients(ctx, grad: Tensor):
+    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.causal, ctx.implementation), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

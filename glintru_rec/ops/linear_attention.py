@@ -12,8 +12,11 @@ from torch import Tensor
 
 from glintru_rec.ops.chunks import (
     ChunkLayout,
+    all_states,
     chunk_layout,
     from_chunks,
+    in_block,
+    in_chunks,
     sums_after,
     sums_before,
     to_chunks,
@@ -60,7 +63,7 @@ def linear_attention(
     Raises:
         InputError: the implementation is not to be had.
     """
-    return _from_state(q, k, v, offsets, None, causal, chunk_size, implementation)[0]
+    return _from_state(q, k, v, offsets, None, False, causal, chunk_size, implementation)[0]
 
 
 def continue_attention(
@@ -87,7 +90,7 @@ def continue_attention(
         ``[T, H, e]``, and Σ k vᵀ after each sequence's last item, ``[B, H, d, e]`` (an empty sequence gives back its
         initial state).
     """
-    return _from_state(q, k, v, offsets, initial, True, chunk_size, implementation)
+    return _from_state(q, k, v, offsets, initial, True, True, chunk_size, implementation)
 
 
 def _from_state(
@@ -96,12 +99,13 @@ def _from_state(
     v: Tensor,
     offsets: Tensor,
     initial: Tensor | None,
+    stateful: bool,
     causal: bool,
     chunk_size: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     if initial is None:
-        initial = q.new_zeros([offsets.numel() - 1, q.size(1), q.size(2), v.size(2)])
+        initial = q.new_zeros([offsets.numel() - 1 if stateful else 0, q.size(1), q.size(2), v.size(2)])
     if torch.jit.is_scripting():
         return _attend(q, k, v, initial, offsets, causal, chunk_size)
     q, k, v, initial = q.contiguous(), k.contiguous(), v.contiguous(), initial.contiguous()
@@ -111,26 +115,36 @@ def _from_state(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, initial: Tensor, offsets: Tensor, causal: bool, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass, see `continue_attention`."""
-    num_heads = q.size(1)
-    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
-    q = to_chunks(q, layout, chunk_size, padded=False)
-    k, v = to_chunks(k, layout, chunk_size, padded=False), to_chunks(v, layout, chunk_size, padded=True)
-    out, last = attend_in_chunks(q, k, v, initial, layout, causal)
+    """Forward pass, see `continue_attention`; without initial states, ``[0, H, d, e]``, there are no last ones."""
+    num_heads, stateful = q.size(1), initial.size(0) == offsets.numel() - 1
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size, stateful)
+    q, k = to_chunks(q, layout, padded=False), to_chunks(k, layout, padded=False)
+    out, last = attend_in_chunks(q, k, to_chunks(v, layout, padded=True), initial, layout, causal)
     return from_chunks(out, layout, num_heads), last
 
 
 def attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, initial: Tensor, layout: ChunkLayout, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attend from a state, all in chunks: ``q, k [M*H, C, d]``, ``v [M*H, C, e]`` with zeros as padding."""
-    sums = torch.bmm(k.transpose(1, 2), v).view([layout.owners.numel(), initial.size(1), initial.size(2), initial.size(3)])
-    before = sums_before(sums, initial, layout)
-    last = total_sums(sums, before, initial, layout)
-    if not causal:
-        return torch.bmm(q, last.index_select(0, layout.owners).view([q.size(0), q.size(2), v.size(2)])), last
-    scores = torch.bmm(q, k.transpose(1, 2)).tril_()
-    return torch.bmm(scores, v).baddbmm_(q, before.view([q.size(0), q.size(2), v.size(2)])), last
+    """Attend from a state, all in slots: ``q, k [S, d]``, ``v [S, e]`` with zeros as padding."""
+    out = torch.empty_like(v)
+    for block in layout.blocks:
+        scores = torch.bmm(in_block(q, block), in_block(k, block).transpose(1, 2))
+        if causal:
+            scores.tril_()
+        torch.bmm(scores, in_block(v, block), out=in_block(out, block))
+    q, k, v, rest = in_chunks(q, layout), in_chunks(k, layout), in_chunks(v, layout), in_chunks(out, layout)
+    states = all_states(initial, layout.num_sequences)
+    sums = torch.bmm(k.transpose(1, 2), v).view([layout.owners.numel(), states.size(1), states.size(2), states.size(3)])
+    before = sums_before(sums, states, layout)
+    last = total_sums(sums, before, states, layout)
+    if causal:
+        scores = torch.bmm(q, k.transpose(1, 2)).tril_()
+        torch.bmm(scores, v, out=rest)
+        rest.baddbmm_(q, before.view([q.size(0), q.size(2), v.size(2)]))
+    else:
+        torch.bmm(q, last.index_select(0, layout.owners).view([q.size(0), q.size(2), v.size(2)]), out=rest)
+    return out, last[: initial.size(0)]
 
 
 def attend_backward(
@@ -149,27 +163,49 @@ def attend_backward(
 
         ∂q = (g vᵀ)ₘ k + g Sᵀ        ∂k = (g vᵀ)ₘᵀ q + v Rᵀ        ∂v = Aᵀ g + k R
 
-    Not causal, the chunk's part in S and R is that of the whole sequence, and the masked terms are not there.
+    Blocks have no state. Not causal, a chunk's S and R are those of its whole sequence, and the masked terms are not there.
     """
-    shape = [layout.owners.numel(), *initial.shape[1:]]
-    flat = [q.size(0), q.size(2), v.size(2)]
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for block in layout.blocks:
+        of_block = [in_block(x, block) for x in (grad_out, q, k, v, grad_q, grad_k, grad_v)]
+        _backward_within(causal, *of_block)
+    grad_out, q, k, v = (in_chunks(x, layout) for x in (grad_out, q, k, v))
+    of_chunks = [in_chunks(x, layout) for x in (grad_q, grad_k, grad_v)]
+    states, flat = all_states(initial, layout.num_sequences), [q.size(0), q.size(2), v.size(2)]
+    shape = [layout.owners.numel(), *states.shape[1:]]
     sums = torch.bmm(k.transpose(1, 2), v).view(shape)
-    state = sums_before(sums, initial, layout)
+    state = sums_before(sums, states, layout)
     grad_sums = torch.bmm(q.transpose(1, 2), grad_out).view(shape)
-    after = sums_after(grad_sums, grad_last, layout)
-    first = layout.alive[0] if len(layout.alive) > 0 else 0
-    grad_initial = grad_last.index_copy(0, layout.owners[:first], after[:first] + grad_sums[:first])
-    if not causal:
-        state = total_sums(sums, state, initial, layout).index_select(0, layout.owners).view(flat)
+    grad_states = all_states(grad_last, layout.num_sequences)
+    after = sums_after(grad_sums, grad_states, layout)
+    first = layout.alive[0] if layout.alive else 0
+    grad_initial = grad_states.index_copy(0, layout.owners[:first], after[:first] + grad_sums[:first])
+    if causal:
+        state, after = state.view(flat), after.view(flat)
+        _backward_within(causal, grad_out, q, k, v, *of_chunks)
+        of_chunks[0].baddbmm_(grad_out, state.transpose(1, 2))
+        of_chunks[1].baddbmm_(v, after.transpose(1, 2))
+        of_chunks[2].baddbmm_(k, after)
+    else:
+        state = total_sums(sums, state, states, layout).index_select(0, layout.owners).view(flat)
         after = grad_initial.index_select(0, layout.owners).view(flat)
-        grad_q, grad_k = torch.bmm(grad_out, state.transpose(1, 2)), torch.bmm(v, after.transpose(1, 2))
-        return grad_q, grad_k, torch.bmm(k, after), grad_initial
-    state, after = state.view(flat), after.view(flat)
-    scores, grad_scores = torch.bmm(q, k.transpose(1, 2)).tril_(), torch.bmm(grad_out, v.transpose(1, 2)).tril_()
-    grad_q = torch.bmm(grad_scores, k).baddbmm_(grad_out, state.transpose(1, 2))
-    grad_k = torch.bmm(grad_scores.transpose(1, 2), q).baddbmm_(v, after.transpose(1, 2))
-    grad_v = torch.bmm(scores.transpose(1, 2), grad_out).baddbmm_(k, after)
-    return grad_q, grad_k, grad_v, grad_initial
+        torch.bmm(grad_out, state.transpose(1, 2), out=of_chunks[0])
+        torch.bmm(v, after.transpose(1, 2), out=of_chunks[1])
+        torch.bmm(k, after, out=of_chunks[2])
+    return grad_q, grad_k, grad_v, grad_initial[: initial.size(0)]
+
+
+def _backward_within(
+    causal: bool, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> None:
+    """Write into the last three what items of a piece are to each other, all ``[*, L, ...]``."""
+    scores, grad_scores = torch.bmm(q, k.transpose(1, 2)), torch.bmm(grad_out, v.transpose(1, 2))
+    if causal:
+        scores.tril_()
+        grad_scores.tril_()
+    torch.bmm(grad_scores, k, out=grad_q)
+    torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+    torch.bmm(scores.transpose(1, 2), grad_out, out=grad_v)
 
 
 @torch.library.custom_op("glintru_rec::attention_forward", mutates_args=())
@@ -185,7 +221,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     kernels = triton_kernels("attention", implementation, q, v)
     if kernels is not None:
-        return kernels.forward(q, k, v, initial, offsets, causal)
+        out, last = kernels.forward(q, k, v, all_states(initial, offsets.numel() - 1), offsets, causal)
+        return out, last[: initial.size(0)]
     return _attend(q, k, v, initial, offsets, causal, chunk_size)
 
 
@@ -204,11 +241,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = triton_kernels("attention", implementation, q, v)
     if kernels is not None:
-        return kernels.backward(grad_out, grad_last, q, k, v, initial, offsets, causal)
-    num_heads = q.size(1)
-    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
-    grad_out, v = (to_chunks(x, layout, chunk_size, padded=True) for x in (grad_out, v))
-    q, k = (to_chunks(x, layout, chunk_size, padded=False) for x in (q, k))
+        grad_states, states = (all_states(x, offsets.numel() - 1) for x in (grad_last, initial))
+        *grads, grad_initial = kernels.backward(grad_out, grad_states, q, k, v, states, offsets, causal)
+        return (*grads, grad_initial[: initial.size(0)])
+    num_heads, stateful = q.size(1), initial.size(0) == offsets.numel() - 1
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size, stateful)
+    grad_out, v = (to_chunks(x, layout, padded=True) for x in (grad_out, v))
+    q, k = (to_chunks(x, layout, padded=False) for x in (q, k))
     *grads, grad_initial = attend_backward(grad_out, grad_last, q, k, v, initial, layout, causal)
     grad_q, grad_k, grad_v = (from_chunks(grad, layout, num_heads) for grad in grads)
     return grad_q, grad_k, grad_v, grad_initial

@@ -13,8 +13,11 @@ from torch import Tensor
 from glintru_rec.jagged import lengths_from_offsets, sequence_index
 from glintru_rec.ops.chunks import (
     ChunkLayout,
+    all_states,
     chunk_layout,
     from_chunks,
+    in_block,
+    in_chunks,
     sums_after,
     sums_before,
     to_chunks,
@@ -69,7 +72,9 @@ def normalized_attention(
     Raises:
         InputError: the implementation is not to be had.
     """
-    return continue_normalized(q, k, q_rotary, k_rotary, v, offsets, causal, eps, chunk_size, implementation)[0]
+    memory, key_sums = q.new_zeros([0, q.size(1), q.size(2), v.size(2)]), q.new_zeros([0, q.size(1), q.size(2)])
+    options = (causal, eps, chunk_size, implementation)
+    return continue_normalized(q, k, q_rotary, k_rotary, v, offsets, *options, memory, key_sums)[0]
 
 
 def continue_normalized(
@@ -131,38 +136,68 @@ def _attend(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward pass, see `continue_normalized`; the divisors ``[T, H]`` are its last result."""
-    num_heads = q.size(1)
-    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
-    q, k = to_chunks(q, layout, chunk_size, padded=False), to_chunks(k, layout, chunk_size, padded=True)
-    q_rotary = to_chunks(q_rotary, layout, chunk_size, padded=False)
-    k_rotary = to_chunks(k_rotary, layout, chunk_size, padded=False)
-    v = to_chunks(v, layout, chunk_size, padded=True)
-    out, last_memory = attend_in_chunks(q_rotary, k_rotary, v, memory, layout, causal)
+    num_heads, stateful = q.size(1), memory.size(0) == offsets.numel() - 1
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size, stateful)
+    q, k = to_chunks(q, layout, padded=False), to_chunks(k, layout, padded=True)
+    q_rotary, k_rotary = to_chunks(q_rotary, layout, padded=False), to_chunks(k_rotary, layout, padded=False)
+    out, last_memory = attend_in_chunks(q_rotary, k_rotary, to_chunks(v, layout, padded=True), memory, layout, causal)
     sums, last_key_sums = _running_keys(k, key_sums, layout, causal)
-    weights = from_chunks((q * sums).sum(2, keepdim=True), layout, num_heads)
+    weights = from_chunks(sums.mul_(q).sum(1, keepdim=True), layout, num_heads)
     if causal:
         weights = weights + eps
     else:
         lengths = lengths_from_offsets(offsets)
         weights = weights + eps * lengths[sequence_index(offsets, weights.size(0))].to(weights.dtype).view(-1, 1, 1)
-    return from_chunks(out, layout, num_heads) / weights, last_memory, last_key_sums, weights.squeeze(2)
+    return from_chunks(out, layout, num_heads).div_(weights), last_memory, last_key_sums, weights.squeeze(2)
 
 
 def _running_keys(k: Tensor, key_sums: Tensor, layout: ChunkLayout, causal: bool) -> tuple[Tensor, Tensor]:
-    """Sum the keys ``[M*H, C, d]`` that each position sees, ``[M*H, C, d]`` (or ``[M*H, 1, d]``), and those of whole sequences.
+    """Sum the keys ``[S, d]`` that each position sees, ``[S, d]``, and those of the sequences whose state is kept.
 
-    Within a chunk by a matmul with a triangle of ones, three times faster than ``cumsum``.
+    Within a piece by a matmul with a triangle of ones, three times faster than ``cumsum``.
     """
-    totals = k.sum(1).view([layout.owners.numel(), key_sums.size(1), key_sums.size(2)])
-    before = sums_before(totals, key_sums, layout)
-    last = total_sums(totals, before, key_sums, layout)
-    if not causal:
-        return last.index_select(0, layout.owners).view([k.size(0), 1, k.size(2)]), last
-    return torch.baddbmm(before.view([k.size(0), 1, k.size(2)]), _triangle(k), k), last
+    out = torch.empty_like(k)
+    for block in layout.blocks:
+        keys, sums = in_block(k, block), in_block(out, block)
+        if causal:
+            torch.bmm(_triangle(keys), keys, out=sums)
+        else:
+            sums.copy_(keys.sum(1, keepdim=True))
+    keys, sums, states = in_chunks(k, layout), in_chunks(out, layout), all_states(key_sums, layout.num_sequences)
+    totals = keys.sum(1).view([layout.owners.numel(), states.size(1), states.size(2)])
+    before = sums_before(totals, states, layout)
+    last = total_sums(totals, before, states, layout)
+    if causal:
+        torch.baddbmm(before.view([keys.size(0), 1, keys.size(2)]), _triangle(keys), keys, out=sums)
+    else:
+        sums.copy_(last.index_select(0, layout.owners).view([keys.size(0), 1, keys.size(2)]))
+    return out, last[: key_sums.size(0)]
+
+
+def _running_keys_backward(grad_sums: Tensor, grad_last: Tensor, layout: ChunkLayout, causal: bool) -> tuple[Tensor, Tensor]:
+    """Give the gradients of `_running_keys`: sums the other way round, of later positions."""
+    out = torch.empty_like(grad_sums)
+    for block in layout.blocks:
+        grads, result = in_block(grad_sums, block), in_block(out, block)
+        if causal:
+            torch.bmm(_triangle(grads).transpose(1, 2), grads, out=result)
+        else:
+            result.copy_(grads.sum(1, keepdim=True))
+    grads, result = in_chunks(grad_sums, layout), in_chunks(out, layout)
+    states = all_states(grad_last, layout.num_sequences)
+    totals = grads.sum(1).view([layout.owners.numel(), *states.shape[1:]])
+    after = sums_after(totals, states, layout)
+    first = layout.alive[0] if layout.alive else 0
+    grad_initial = states.index_copy(0, layout.owners[:first], after[:first] + totals[:first])
+    if causal:
+        torch.baddbmm(after.view([grads.size(0), 1, grads.size(2)]), _triangle(grads).transpose(1, 2), grads, out=result)
+    else:
+        result.copy_(grad_initial.index_select(0, layout.owners).view([grads.size(0), 1, grads.size(2)]))
+    return out, grad_initial[: grad_last.size(0)]
 
 
 def _triangle(k: Tensor) -> Tensor:
-    """Ones where position n (row) sees m (column), for every chunk: ``[M*H, C, C]``."""
+    """Ones where position n (row) sees m (column), for every piece ``[*, L, d]``: ``[*, L, L]``."""
     return torch.ones([k.size(1), k.size(1)], dtype=k.dtype, device=k.device).tril().expand([k.size(0), -1, -1])
 
 
@@ -183,7 +218,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = triton_kernels("normalized", implementation, q, v)
     if kernels is not None:
-        return kernels.forward(q, k, q_rotary, k_rotary, v, memory, key_sums, offsets, causal, eps)
+        states = (all_states(x, offsets.numel() - 1) for x in (memory, key_sums))
+        out, *last, weights = kernels.forward(q, k, q_rotary, k_rotary, v, *states, offsets, causal, eps)
+        return out, *(x[: memory.size(0)] for x in last), weights
     return _attend(q, k, q_rotary, k_rotary, v, memory, key_sums, offsets, causal, eps, chunk_size)
 
 
@@ -209,28 +246,21 @@ def _backward(
     """With w the divisors and g the gradient of ``out``: g / w goes on as of the numerator, -(g · a) / w as of w."""
     kernels = triton_kernels("normalized", implementation, q, v)
     if kernels is not None:
-        grads = (grad_out, grad_last_memory, grad_last_key_sums)
-        inputs = (q, k, q_rotary, k_rotary, v, memory, key_sums, offsets)
-        return kernels.backward(*grads, *inputs, out, weights, causal)
-    num_heads = q.size(1)
-    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size)
+        states = [all_states(x, offsets.numel() - 1) for x in (grad_last_memory, grad_last_key_sums, memory, key_sums)]
+        inputs = (*states[:2], q, k, q_rotary, k_rotary, v, *states[2:], offsets)
+        *grads, grad_memory, grad_key_sums = kernels.backward(grad_out, *inputs, out, weights, causal)
+        return *grads, grad_memory[: memory.size(0)], grad_key_sums[: memory.size(0)]
+    num_heads, stateful = q.size(1), memory.size(0) == offsets.numel() - 1
+    layout = chunk_layout(offsets, q.size(0), num_heads, chunk_size, stateful)
     grad = grad_out / weights.unsqueeze(2)
     grad_weights = (grad * out).sum(2, keepdim=True).neg_()
-    grad_sums, k, grad, v = (to_chunks(x, layout, chunk_size, padded=True) for x in (grad_weights * q, k, grad, v))
-    q_rotary, k_rotary = (to_chunks(x, layout, chunk_size, padded=False) for x in (q_rotary, k_rotary))
+    grad_sums, k, grad, v = (to_chunks(x, layout, padded=True) for x in (grad_weights * q, k, grad, v))
+    q_rotary, k_rotary = (to_chunks(x, layout, padded=False) for x in (q_rotary, k_rotary))
     *rotary, grad_memory = attend_backward(grad, grad_last_memory, q_rotary, k_rotary, v, memory, layout, causal)
     grad_q_rotary, grad_k_rotary, grad_v = (from_chunks(x, layout, num_heads) for x in rotary)
-
-    sums = _running_keys(k, key_sums, layout, causal)[0].expand_as(k)
+    sums, _ = _running_keys(k, key_sums, layout, causal)
     grad_q = from_chunks(sums, layout, num_heads).mul_(grad_weights)
-    totals = grad_sums.sum(1).view([layout.owners.numel(), key_sums.size(1), key_sums.size(2)])
-    after = sums_after(totals, grad_last_key_sums, layout)
-    first = layout.alive[0] if layout.alive else 0
-    grad_key_sums = grad_last_key_sums.index_copy(0, layout.owners[:first], after[:first] + totals[:first])
-    if causal:
-        grad_k = torch.baddbmm(after.view(-1, 1, k.size(2)), _triangle(k).transpose(1, 2), grad_sums)
-    else:
-        grad_k = grad_key_sums.index_select(0, layout.owners).view(-1, 1, k.size(2)).expand_as(k)
+    grad_k, grad_key_sums = _running_keys_backward(grad_sums, grad_last_key_sums, layout, causal)
     grad_k = from_chunks(grad_k, layout, num_heads)
     return grad_q, grad_k, grad_q_rotary, grad_k_rotary, grad_v, grad_memory, grad_key_sums
 
