@@ -6,7 +6,9 @@ First every operator and encoder that is measured is compared with its naive tru
 printed (exit status 1). Contestants of one table take turns in one process; times are p20/p50/p80 of the turns. Two batches:
 128 histories of 200 items, and 1,024 with the lengths of Amazon Beauty. ``of matmul``: operations of the matrix products,
 forward and backward, a second, as share of a large torch.mm's; ``of copy``: the fewest bytes to move, as share of a large
-copy's; ``MiB``: by how much a pass raises a fresh process's memory, gradients of the inputs among it.
+copy's; ``MiB``: by how much a pass raises a fresh process's memory, gradients of the inputs among it. ``products alone`` are
+the matrix products of an encoder's weights, forward and backward, each in one piece and nothing between them: what the encoder
+would get of matmul if all else cost nothing.
 """
 
 import argparse
@@ -46,8 +48,8 @@ processes.set_forkserver_preload(["torch", "glintru_rec"])
 class Contestant(NamedTuple):
     """Something to run, forward and backward."""
 
-    run: Callable[..., Tensor]
-    """Of the inputs."""
+    run: Callable[..., object]
+    """Of the inputs, to a tensor; without inputs it is run as it is, and makes both passes itself."""
     inputs: list[Tensor]
     operations: float = 0.0
     """Of matrix products, forward and backward."""
@@ -160,6 +162,7 @@ def encoders(lengths: Tensor, width: int) -> dict[str, Contestant]:
         for form in ("eager", "compiled"):
             run = torch.compile(encoder, fullgraph=True, dynamic=True) if form == "compiled" else encoder
             contestants[f"{name}, {form}"] = Contestant(lambda x, run=run: run(x, offsets), [x], **work)
+        contestants[f"{name}, products alone"] = Contestant(products(encoder, items), [], **work)
     glint_ru, published = GlintRU(width), PublishedGlintRU(1, width)
     places = offsets_from_lengths(torch.full_like(lengths, longest))
     padded = nn.utils.rnn.pad_sequence(list(x.split(lengths.tolist())), batch_first=True)
@@ -167,6 +170,20 @@ def encoders(lengths: Tensor, width: int) -> dict[str, Contestant]:
     contestants["GLINT-RU, padded batch"] = Contestant(lambda x: glint_ru(x, places), [padded.flatten(0, 1)], **work)
     contestants["published GLINT-RU, padded"] = Contestant(published.encode, [padded], **work)
     return contestants
+
+
+def products(module: nn.Module, items: int) -> Callable[[], None]:
+    """Make the call of all products with a module's weights, forward and backward, and of nothing else."""
+    weights = [parameter.detach().flatten(1) for parameter in module.parameters() if parameter.dim() > 1]
+    inputs = [(draw(items, weight.size(1)), weight, draw(items, weight.size(0))) for weight in weights]
+
+    def call() -> None:
+        for x, weight, gradient in inputs:
+            torch.mm(x, weight.t())
+            torch.mm(gradient, weight)
+            torch.mm(gradient.t(), x)
+
+    return call
 
 
 def matrix_numbers(module: nn.Module) -> int:
@@ -242,8 +259,10 @@ def results(run: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * weight).sum(), leaves)]
 
 
-def step(contestant: Contestant) -> Callable[[], None]:
+def step(contestant: Contestant) -> Callable[[], object]:
     """Make the call that is timed: forward and backward, with a gradient that is there before."""
+    if not contestant.inputs:
+        return contestant.run
     leaves = [leaf.detach().clone().requires_grad_() for leaf in contestant.inputs]
     gradient = torch.randn_like(contestant.run(*leaves))
 
