@@ -156,9 +156,7 @@ def _backward(
     width = weight.size(1)
     reset, update, product, new = saved.chunk(4, 1)
     previous = _previous_states(hidden.index_select(0, layout.rows), initial.index_select(0, layout.ranking), layout)
-    by_new = (1 - update) * (1 - new * new)  # d h / d (argument of tanh)
-    # d h_t / d (W h_{t-1}), gate by gate: [T, 3, D]
-    slope = torch.stack([by_new * product * reset * (1 - reset), (previous - new) * update * (1 - update), by_new * reset], 1)
+    by_new, slope = _slopes(reset, update, product, new, previous)
     grad_hidden = grad_hidden.index_select(0, layout.rows)
     carried = grad_last.index_select(0, layout.ranking)
     grad_products = slope
@@ -173,6 +171,23 @@ def _backward(
     grad_initial = torch.empty_like(carried)
     grad_initial[layout.ranking] = carried
     return grad_products.view(-1, 3 * width).index_select(0, layout.places), grad_weight, grad_initial
+
+
+def _slopes(reset: Tensor, update: Tensor, product: Tensor, new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Give d h / d (argument of tanh), ``[T, D]``, and d h_t / d (W h_{t-1}), gate by gate, ``[T, 3, D]``.
+
+    A factor (1 - y) is x - x y in place, for fresh memory costs more than the arithmetic.
+    """
+    by_new = torch.mul(new, new).neg_().add_(1)
+    by_new.addcmul_(by_new, update, value=-1)  # (1 - z) (1 - n²)
+    slope = new.new_empty(new.size(0), 3, new.size(1))
+    by_reset, by_update, by_product = slope.unbind(1)
+    torch.mul(by_new, reset, out=by_product)
+    torch.mul(by_product, product, out=by_reset)
+    by_reset.addcmul_(by_reset, reset, value=-1)
+    torch.sub(previous, new, out=by_update).mul_(update)
+    by_update.addcmul_(by_update, update, value=-1)
+    return by_new, slope
 
 
 def _previous_states(hidden: Tensor, first: Tensor, layout: TimeMajor) -> Tensor:
