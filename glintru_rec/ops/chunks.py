@@ -164,7 +164,7 @@ def sums_before(sums: Tensor, initial: Tensor, layout: ChunkLayout) -> Tensor:
         else:
             previous = layout.alive[number - 1]
             here = start + previous
-            torch.add(before[start : start + n], sums[start : start + n], out=before[here : here + n])
+            before[here : here + n] = before[start : start + n] + sums[start : start + n]
             start = here
     return before
 

@@ -89,7 +89,9 @@ def _windows(x: Tensor, shifts: list[int], offsets: Tensor) -> Tensor:
     place, num_after = _places(offsets, x.size(0))
     windows = x.new_empty([x.size(0), len(shifts), x.size(1)])
     for j, shift in enumerate(shifts):
-        _shift(x, shift, place, num_after, windows[:, j])
+        first, last, outside = _reach(shift, place, num_after)
+        windows[first:last, j] = x[first + shift : last + shift]
+        windows[outside, j] = 0.0  # not a product with zero: what lies there may be infinite
     return windows.view([x.size(0), len(shifts) * x.size(1)])
 
 
@@ -98,18 +100,18 @@ def _shifted(x: Tensor, shift: int, place: Tensor, num_after: Tensor) -> Tensor:
     if shift == 0:
         return x
     out = torch.empty_like(x)
-    _shift(x, shift, place, num_after, out)
+    first, last, outside = _reach(shift, place, num_after)
+    out[first:last] = x[first + shift : last + shift]
+    out[outside] = 0.0
     return out
 
 
-def _shift(x: Tensor, shift: int, place: Tensor, num_after: Tensor, out: Tensor) -> None:
-    """Write what `_shifted` gives into ``out``."""
-    first, last = max(-shift, 0), x.size(0) - max(shift, 0)
-    if first < last:
-        out[first:last] = x[first + shift : last + shift]
-    if shift != 0:
-        outside = (place < -shift) if shift < 0 else (num_after < shift)
-        out.index_fill_(0, outside.nonzero().squeeze(1), 0.0)  # not a product with zero: what lies there may be infinite
+def _reach(shift: int, place: Tensor, num_after: Tensor) -> tuple[int, int, Tensor]:
+    """Say which items, ``first .. last``, have a row that many rows on, and which of them in another sequence or nowhere."""
+    num_items = place.size(0)
+    first, last = min(max(-shift, 0), num_items), max(num_items - max(shift, 0), 0)
+    outside = (place < -shift) if shift < 0 else (num_after < shift)
+    return first, max(first, last), outside.nonzero().squeeze(1)
 
 
 def _flat(weight: Tensor) -> Tensor:

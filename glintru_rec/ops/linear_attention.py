@@ -127,24 +127,24 @@ def attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, initial: Tensor, layout: ChunkLayout, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Attend from a state, all in slots: ``q, k [S, d]``, ``v [S, e]`` with zeros as padding."""
-    out = torch.empty_like(v)
+    parts: list[Tensor] = []
     for block in layout.blocks:
         scores = torch.bmm(in_block(q, block), in_block(k, block).transpose(1, 2))
         if causal:
             scores.tril_()
-        torch.bmm(scores, in_block(v, block), out=in_block(out, block))
-    q, k, v, rest = in_chunks(q, layout), in_chunks(k, layout), in_chunks(v, layout), in_chunks(out, layout)
+        parts.append(torch.bmm(scores, in_block(v, block)).view([-1, v.size(1)]))
+    q, k, v = in_chunks(q, layout), in_chunks(k, layout), in_chunks(v, layout)
     states = all_states(initial, layout.num_sequences)
     sums = torch.bmm(k.transpose(1, 2), v).view([layout.owners.numel(), states.size(1), states.size(2), states.size(3)])
     before = sums_before(sums, states, layout)
     last = total_sums(sums, before, states, layout)
     if causal:
         scores = torch.bmm(q, k.transpose(1, 2)).tril_()
-        torch.bmm(scores, v, out=rest)
-        rest.baddbmm_(q, before.view([q.size(0), q.size(2), v.size(2)]))
+        out = torch.bmm(scores, v).baddbmm_(q, before.view([q.size(0), q.size(2), v.size(2)]))
     else:
-        torch.bmm(q, last.index_select(0, layout.owners).view([q.size(0), q.size(2), v.size(2)]), out=rest)
-    return out, last[: initial.size(0)]
+        out = torch.bmm(q, last.index_select(0, layout.owners).view([q.size(0), q.size(2), v.size(2)]))
+    parts.append(out.view([out.size(0) * out.size(1), out.size(2)]))
+    return torch.cat(parts), last[: initial.size(0)]
 
 
 def attend_backward(

@@ -142,13 +142,13 @@ def _attend(
     q_rotary, k_rotary = to_chunks(q_rotary, layout, padded=False), to_chunks(k_rotary, layout, padded=False)
     out, last_memory = attend_in_chunks(q_rotary, k_rotary, to_chunks(v, layout, padded=True), memory, layout, causal)
     sums, last_key_sums = _running_keys(k, key_sums, layout, causal)
-    weights = from_chunks(sums.mul_(q).sum(1, keepdim=True), layout, num_heads)
+    weights = from_chunks((sums * q).sum(1, keepdim=True), layout, num_heads)
     if causal:
         weights = weights + eps
     else:
         lengths = lengths_from_offsets(offsets)
         weights = weights + eps * lengths[sequence_index(offsets, weights.size(0))].to(weights.dtype).view(-1, 1, 1)
-    return from_chunks(out, layout, num_heads).div_(weights), last_memory, last_key_sums, weights.squeeze(2)
+    return from_chunks(out, layout, num_heads) / weights, last_memory, last_key_sums, weights.squeeze(2)
 
 
 def _running_keys(k: Tensor, key_sums: Tensor, layout: ChunkLayout, causal: bool) -> tuple[Tensor, Tensor]:
@@ -156,22 +156,21 @@ def _running_keys(k: Tensor, key_sums: Tensor, layout: ChunkLayout, causal: bool
 
     Within a piece by a matmul with a triangle of ones, three times faster than ``cumsum``.
     """
-    out = torch.empty_like(k)
+    parts: list[Tensor] = []
     for block in layout.blocks:
-        keys, sums = in_block(k, block), in_block(out, block)
-        if causal:
-            torch.bmm(_triangle(keys), keys, out=sums)
-        else:
-            sums.copy_(keys.sum(1, keepdim=True))
-    keys, sums, states = in_chunks(k, layout), in_chunks(out, layout), all_states(key_sums, layout.num_sequences)
+        keys = in_block(k, block)
+        sums = torch.bmm(_triangle(keys), keys) if causal else keys.sum(1, keepdim=True).expand_as(keys)
+        parts.append(sums.reshape([-1, k.size(1)]))
+    keys, states = in_chunks(k, layout), all_states(key_sums, layout.num_sequences)
     totals = keys.sum(1).view([layout.owners.numel(), states.size(1), states.size(2)])
     before = sums_before(totals, states, layout)
     last = total_sums(totals, before, states, layout)
     if causal:
-        torch.baddbmm(before.view([keys.size(0), 1, keys.size(2)]), _triangle(keys), keys, out=sums)
+        sums = torch.baddbmm(before.view([keys.size(0), 1, keys.size(2)]), _triangle(keys), keys)
     else:
-        sums.copy_(last.index_select(0, layout.owners).view([keys.size(0), 1, keys.size(2)]))
-    return out, last[: key_sums.size(0)]
+        sums = last.index_select(0, layout.owners).view([keys.size(0), 1, keys.size(2)]).expand_as(keys)
+    parts.append(sums.reshape([keys.size(0) * keys.size(1), keys.size(2)]))
+    return torch.cat(parts), last[: key_sums.size(0)]
 
 
 def _running_keys_backward(grad_sums: Tensor, grad_last: Tensor, layout: ChunkLayout, causal: bool) -> tuple[Tensor, Tensor]:
