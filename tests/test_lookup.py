@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glintru_rec.data import lookup
-from glintru_rec.data.lookup import IntegerLookup, TextLookup
+from glintru_rec.data.lookup import IntegerLookup, TextLookup, hash_texts
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 NUMBERS = st.one_of(INT64, st.integers(-9, 9))
@@ -51,6 +51,13 @@ def test_a_part_of_an_array_of_texts():
         pa.array(["x", None, "aaaaaaaaa", "bb", ""]).slice(1)
     )
     assert found.tolist() == [-1, 2, 0, 1]
+
+
+def test_a_hash_does_not_depend_on_the_texts_beside_it():
+    texts = ["", "b", "12345678", "123456789", "long" * 75, "c", "too long" * 50, "more" * 20]
+    together = hash_texts(pa.array(texts), 300)
+    assert together.tolist() == [hash_texts(pa.array([text]), 300)[0] for text in texts]
+    assert np.unique(together).size == len(texts)
 
 
 def test_texts_with_one_hash_are_still_told_apart(monkeypatch):

@@ -403,6 +403,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
         ({"output": ""}, "output is ''"),
         ({"min_user_events": 0}, "min_user_events is 0; it must be a whole number, 1 or more"),
         ({"min_item_events": -3}, "min_item_events is -3; .* 1 or more"),
+        ({"min_item_events": 0}, "min_item_events is 0; .* 1 or more"),
         ({"min_item_events": 2.5}, r"min_item_events is 2\.5"),
         ({"threads": -1}, "threads is -1; .* 0 or more"),
         ({"item_column": "User_Id"}, "must be three different columns"),

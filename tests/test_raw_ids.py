@@ -10,9 +10,10 @@ import pytest
 
 import glintru_rec.data.writing as writing
 from glintru_rec.config import compose
+from glintru_rec.data.admitted import AdmittedDataset
 from glintru_rec.data.batches import TrainingBatches
 from glintru_rec.data.dataset import SequenceDataset
-from glintru_rec.data.id_map import ID_MAP_FILE
+from glintru_rec.data.id_map import ID_MAP_FILE, IdMap, VocabularyConfig
 from glintru_rec.data.prepare import PrepareConfig, prepare
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
@@ -82,6 +83,28 @@ def test_a_raw_dataset_has_the_sequences_of_a_dense_one(tmp_path, monkeypatch, a
     for name, dataset in (("raw", memory), ("dense", expected)):
         dataset.write_histories(tmp_path / f"{name}.parquet", "test")
     assert pq.read_table(tmp_path / "raw.parquet") == pq.read_table(tmp_path / "dense.parquet")
+
+
+def test_the_blocks_of_a_dense_dataset_share_one_look_up(tmp_path, monkeypatch):
+    """They all have the whole vocabulary; known items are those that the dataset in memory has."""
+    monkeypatch.setattr(writing, "_USERS_PER_ROW_GROUP", 40)
+    make_days(tmp_path / "log", as_text=False)
+    run(tmp_path / "log", tmp_path / "dense", min_item_events=1)
+    memory, disk = SequenceDataset.open(tmp_path / "dense"), RowGroupDataset.open(tmp_path / "dense", 1)
+    id_map = IdMap("int64", VocabularyConfig(capacity=1000, admit_after=2))
+    keys = memory.vocabulary.item_ids.to_numpy()
+    order = np.argsort(keys)
+    id_map.update(keys[order], memory.vocabulary.counts[order], 0)
+    (expected,) = AdmittedDataset(memory, id_map).case_blocks("valid")
+
+    sizes, find = [], IdMap.find
+    monkeypatch.setattr(IdMap, "find", lambda self, ids: sizes.append(len(ids)) or find(self, ids))
+    blocks = list(AdmittedDataset(disk, id_map).case_blocks("valid"))
+    assert len(blocks) > 2
+    assert sum(sizes) == memory.num_items
+    for name in ("history_items", "targets", "user_index"):
+        assert np.array_equal(np.concatenate([getattr(each, name) for each in blocks]), getattr(expected, name))
+    assert -1 in expected.targets
 
 
 def test_what_does_not_fit_raw_ids_is_refused(tmp_path):

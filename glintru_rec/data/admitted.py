@@ -61,6 +61,7 @@ class AdmittedDataset:
         if not id_map.num_items:
             raise InputError(f"no item was seen vocabulary.admit_after={id_map.config.admit_after} times: lower it")
         self.dataset, self.id_map, self.num_items = dataset, id_map, id_map.num_items
+        self._found: tuple[pa.Array, np.ndarray] | None = None  # the ids looked up last, and their rows
 
     @property
     def num_cases(self) -> int:
@@ -85,5 +86,8 @@ class AdmittedDataset:
 
     def _rows_of(self, ids: pa.Array) -> np.ndarray:
         """Look up ids, each once: their rows, int64 ``[N]``."""
-        starts = range(0, len(ids), _IDS_AT_ONCE)
-        return np.concatenate([np.zeros(0, np.int64), *(self.id_map.find(ids.slice(at, _IDS_AT_ONCE)).rows for at in starts)])
+        if self._found is None or self._found[0] is not ids:  # all blocks of a dataset with a vocabulary have all its ids
+            starts = range(0, len(ids), _IDS_AT_ONCE)
+            rows = [np.zeros(0, np.int64), *(self.id_map.find(ids.slice(at, _IDS_AT_ONCE)).rows for at in starts)]
+            self._found = ids, np.concatenate(rows)
+        return self._found[1]

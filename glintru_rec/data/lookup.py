@@ -178,8 +178,13 @@ def hash_texts(texts: pa.Array, longest: int, mix: Callable[[np.ndarray], np.nda
     starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
     hashes = mix(lengths.astype(np.uint64))
     bytes_kept = np.array([(1 << 8 * n) - 1 for n in range(_WORD + 1)], dtype=np.uint64)
+    rows = np.flatnonzero(lengths <= longest)
     for place in range(0, longest, _WORD):
-        rows = np.flatnonzero((lengths > place) & (lengths <= longest))
+        is_left = lengths[rows] > place
+        if not is_left.all():  # among many short ones a long one costs what its own words do
+            rows = rows[is_left]
+            if not rows.size:
+                break
         word = words[starts[rows] + place] & bytes_kept[np.minimum(lengths[rows] - place, _WORD)]
         hashes[rows] = mix(hashes[rows] ^ word)
     return hashes

@@ -53,8 +53,8 @@ class PrepareConfig:
         input: the log: a file, a folder or a glob. Its format is recognised by content (see `formats`).
         output: the dataset's folder; it must not exist, or be empty.
         min_user_events: users with fewer events are left out, at least 1.
-        min_item_events: items with fewer events are left out. Both are applied until neither removes anything. 0: 5, or with
-            ``ids=raw`` 1, which leaves none out.
+        min_item_events: items with fewer events are left out. Both are applied until neither removes anything. Where it is
+            not given: 5, or with ``ids=raw`` 1, which leaves none out.
         user_column: the column of user ids, int64 or string.
         item_column: the column of item ids, int64 or string.
         time_column: the column of times.
@@ -78,7 +78,7 @@ class PrepareConfig:
     input: str
     output: str
     min_user_events: int = 5
-    min_item_events: int = 0
+    min_item_events: int | None = None
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
@@ -96,7 +96,7 @@ class PrepareConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a text that is not empty")
         one_of("ids", self.ids, IDS)
-        if self.min_item_events == 0:
+        if self.min_item_events is None:
             self.min_item_events = 1 if self.raw else 5
         if self.raw and self.min_item_events != 1:
             raise InputError(f"min_item_events is {self.min_item_events}, but ids=raw counts no items: leave it, or give 1")
@@ -128,6 +128,7 @@ class PrepareConfig:
     @property
     def filters(self) -> dict[str, int]:
         """The fewest events of a user and of an item."""
+        assert self.min_item_events is not None, "set where it was not given"
         return {"min_user_events": self.min_user_events, "min_item_events": self.min_item_events}
 
 
