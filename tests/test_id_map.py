@@ -181,6 +181,22 @@ def test_counts_against_exact_ones():
     assert all(content(id_map)[item][0] == len(seen[item]) for item in range(2))  # what comes often is not forgotten
 
 
+def test_a_flood_of_new_ids_does_not_keep_others_out():
+    """Unless the room for candidates is said to be less than what a step brings: here four times as many ids as rows."""
+    rng = np.random.default_rng(0)
+    steps = [np.unique(rng.integers(0, 1500, 400)) for _ in range(40)]
+    admitted = {}
+    for candidates in (0, 1000):
+        id_map = IdMap("int64", VocabularyConfig(capacity=1000, candidates=candidates))
+        for step, often in enumerate(steps):
+            keys = np.concatenate([often, 10**6 + 4000 * step + np.arange(4000)])
+            id_map.update(keys, np.ones(keys.size, np.int64), step)
+        admitted[candidates] = id_map.to_table()["item_id"].drop_null().to_pylist()
+    assert len(admitted[0]) == 1000
+    assert max(admitted[0]) < 1500
+    assert not admitted[1000]
+
+
 def test_two_strings_with_one_hash_are_never_taken_for_each_other():
     one, other = COLLIDING
     assert one != other

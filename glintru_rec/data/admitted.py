@@ -59,7 +59,10 @@ class AdmittedDataset:
 
     def __init__(self, dataset: SequenceDataset | RowGroupDataset, id_map: IdMap):
         if not id_map.num_items:
-            raise InputError(f"no item was seen vocabulary.admit_after={id_map.config.admit_after} times: lower it")
+            raise InputError(
+                f"no item was seen vocabulary.admit_after={id_map.config.admit_after} times: lower it, or raise "
+                f"vocabulary.candidates"
+            )
         self.dataset, self.id_map, self.num_items = dataset, id_map, id_map.num_items
         self._found: tuple[pa.Array, np.ndarray] | None = None  # the ids looked up last, and their rows
 

@@ -40,6 +40,9 @@ NO_ROW = -1
 _COLUMNS = ("key", "item_id", "row", "count", "last_seen")
 # Least useful items that one pass over all rows finds; the next steps look among these alone.
 _POOL = 1 << 16
+# Candidates of a config that does not say how many: many times the new ids of a step. With fewer than a step brings, each would
+# be forgotten before it is seen again, and nothing ever admitted.
+_MIN_CANDIDATES = 1 << 20
 # Slots of the hash table for each entry: 8 to 16 bytes.
 _SLOTS_PER_ENTRY = 2
 _TEXT = np.dtypes.StringDType()
@@ -52,8 +55,9 @@ class VocabularyConfig:
     Attributes:
         capacity: rows of the item table, the most items that are known at a time; the same in a run that starts from another
             (``trainer.init_from``).
-        candidates: ids without a row whose counts are kept, at most; 0: as many as ``capacity``. When they are full, the half
-            that has not been seen for longest is forgotten. Take more than a step has ids.
+        candidates: ids without a row whose counts are kept, at most; 0: as many as ``capacity``, and at least 2²⁰. When they
+            are full, the half that has not been seen for longest is forgotten: take many times what all ranks' batches of a
+            step have of ids that are new, or nothing is ever admitted.
         admit_after: an item is admitted once it has been seen this often. The first epoch of a run counts what its batches hold
             (the item where a history longer than ``data.max_seq_len`` is cut, twice); later epochs repeat its events and count
             none, so that the vocabulary then stands still.
@@ -71,7 +75,7 @@ class VocabularyConfig:
 
     def __post_init__(self):
         check("vocabulary.capacity", self.capacity, self.capacity >= 0, "at least 1, or 0 with data.vocabulary=dense")
-        check("vocabulary.candidates", self.candidates, self.candidates >= 0, "at least 1, or 0 for vocabulary.capacity")
+        check("vocabulary.candidates", self.candidates, self.candidates >= 0, "at least 1, or 0 for as many as are enough")
         check("vocabulary.admit_after", self.admit_after, self.admit_after >= 1, "at least 1")
         finite = 1 <= self.evict_ratio < math.inf
         check("vocabulary.evict_ratio", self.evict_ratio, finite, "at least 1 and finite")
@@ -80,7 +84,7 @@ class VocabularyConfig:
     @property
     def num_candidates(self) -> int:
         """The most ids without a row whose counts are kept."""
-        return self.candidates or self.capacity
+        return self.candidates or max(self.capacity, _MIN_CANDIDATES)
 
 
 class Changes(NamedTuple):

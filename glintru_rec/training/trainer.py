@@ -120,8 +120,8 @@ class Trainer:
             if state.batches_in_epoch:  # what is done of it could be neither skipped nor told from what is not
                 raise InputError(
                     f"{newest} was written within epoch {state.epoch + 1}, whose order of reading is another one now "
-                    f"(trainer.seed, data.*, the data or this program have changed): resume with what they were, or begin a new run "
-                    f"with its weights by trainer.init_from={self.run_dir}"
+                    f"(trainer.seed, data.*, the data or this program have changed): resume with what they were, or begin a "
+                    f"new run with its weights by trainer.init_from={self.run_dir}"
                 )
             state.batching = self.state.batching
         if self.items is not None:
