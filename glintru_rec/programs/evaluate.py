@@ -84,7 +84,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     with process_group(config.device) as device:
         train_config, model, seen = load_distributed(Path(config.checkpoint), dataset, device)
         is_first = dist.get_rank() == 0
-        progress = Progress("evaluate", dataset.eval_cases(config.split).targets.size, "users", enabled=is_first)
+        progress = Progress("evaluate", dataset.num_cases, "users", enabled=is_first)
         metrics = evaluate(
             model, seen, protocol, train_config.data.max_seq_len, config.batch_users, lambda done, _: progress.update(done)
         )
