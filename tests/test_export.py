@@ -315,7 +315,7 @@ def test_an_id_outside_the_catalog_is_refused(item_id):
 def test_manifest_says_what_the_artifact_is(tmp_path):
     manifest = export(make_model(similarity="cosine"), tmp_path / "artifact")
     assert json.loads((tmp_path / "artifact" / "manifest.json").read_text()) == manifest
-    assert manifest["artifact_version"] == 2
+    assert manifest["artifact_version"] == 3
     assert (manifest["format"], manifest["precision"], manifest["similarity"]) == ("torchscript", "fp32", "cosine")
     assert (manifest["num_items"], manifest["embedding_dim"], manifest["max_seq_len"]) == (NUM_ITEMS, WIDTH, MAX_SEQ_LEN)
     assert manifest["vocabulary_sha256"] == VOCABULARY.sha256
@@ -551,8 +551,8 @@ class TestDamagedArtifact:
         self.refused(artifact, "manifest.json|artifact_version None")
 
     def test_other_version(self, artifact):
-        self.edit(artifact, artifact_version=1)
-        self.refused(artifact, "artifact_version 1, this program reads 2")
+        self.edit(artifact, artifact_version=2)
+        self.refused(artifact, "artifact_version 2, this program reads 3")
 
     def test_manifest_without_files(self, artifact):
         self.edit(artifact, files={})

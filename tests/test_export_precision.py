@@ -17,7 +17,8 @@ from glintru_rec.export.item_files import quantize_rows, read_items, write_items
 from glintru_rec.export.precision import measure_precision
 from glintru_rec.files import sha256_of
 from glintru_rec.programs.export import ExportConfig, ExportDataConfig, export_run
-from glintru_rec.scoring.catalog import FewItems, catalog_of, most_items
+from glintru_rec.scoring import catalog
+from glintru_rec.scoring.catalog import FewItems, catalog_of, most_items, stretches_of
 
 NUM_ITEMS, WIDTH, MAX_SEQ_LEN = 400, 16, 20
 VOCABULARY = Vocabulary(pa.array(np.arange(NUM_ITEMS)), np.ones(NUM_ITEMS, dtype=np.int64))
@@ -77,22 +78,55 @@ def rounded_plainly(rows):
     return (rows / steps).round().nan_to_num() * steps
 
 
+def restored_of(numbers, scales, offsets):
+    return scales.double().unsqueeze(1) * (numbers.double() + offsets.double().unsqueeze(1))
+
+
 def test_rows_are_rounded_with_less_error_than_by_the_largest_step():
-    rows = make_table("dot").double().float()
-    rows[3] = 0
-    numbers, scales = quantize_rows(rows)
-    assert numbers.dtype == torch.int8
-    assert (numbers[3].tolist(), scales[3]) == ([0] * WIDTH, 0)
-    truth, restored = rows.double(), numbers.double() * scales.double().unsqueeze(1)
+    rows = make_table("dot")
+    numbers, scales, offsets = quantize_rows(rows)
+    assert (numbers.dtype, scales.dtype, offsets.dtype) == (torch.int8, torch.float32, torch.float32)
+    assert int(numbers.min()) >= -127
+    truth, restored = rows.double(), restored_of(numbers, scales, offsets)
     error = (truth - restored).square().sum(1)
-    assert error.mean() <= 0.85 * (truth - rounded_plainly(truth)).square().sum(1).mean()
-    # Of any scale the fitted one has the least error: what is left has no part along the numbers.
+    assert error.mean() <= 0.5 * (truth - rounded_plainly(truth)).square().sum(1).mean()
+    # Of any scale and offset the fitted ones have the least error: what is left has no part along the numbers, or along ones.
+    assert bool(((truth - restored).sum(1).abs() <= 1e-5 * truth.abs().sum(1)).all())
     along = ((truth - restored) * numbers.double()).sum(1)
-    assert bool((along.abs() <= 1e-5 * (truth * numbers.double()).sum(1)).all())
+    assert bool((along.abs() <= 1e-5 * (truth * numbers.double()).abs().sum(1)).all())
     for factor in (2.0**-100, 2.0**110):
-        again, scaled = quantize_rows(rows * factor)
+        again, scaled, shifted = quantize_rows(rows * factor)
         assert torch.equal(again, numbers)
         assert torch.equal(scaled / factor, scales)
+        assert torch.equal(shifted, offsets)
+
+
+def test_no_row_is_worse_than_rounded_symmetrically():
+    """Rows of every kind: of whole numbers that symmetric rounding keeps, far from 0, of one value, of a single outlier."""
+    torch.manual_seed(0)
+    whole = torch.randint(-127, 128, (2000, WIDTH)).float()
+    whole[:, 0] = 127
+    lone = torch.zeros(1000, WIDTH)
+    lone[:, 3] = torch.randn(1000)
+    kinds = {
+        "normal": torch.randn(5000, WIDTH),
+        "whole": whole,
+        "positive": torch.rand(2000, WIDTH) + 3,
+        "far": 1 + 1e-6 * torch.randn(2000, WIDTH),
+        "lone": lone,
+        "binary": torch.randint(2, (2000, WIDTH)).float(),
+        "equal": torch.randn(2000, 1).expand(-1, WIDTH).contiguous(),
+        "zero": torch.zeros(1, WIDTH),
+    }
+    for kind, rows in kinds.items():
+        truth = rows.double()
+        error = (restored_of(*quantize_rows(rows)) - truth).norm(dim=1)
+        plain = (rounded_plainly(truth) - truth).norm(dim=1)
+        # Beside the last bits of float32, in which scale and offset are kept.
+        assert bool((error <= plain + 1e-6 * truth.norm(dim=1)).all()), kind
+    for kind in ("equal", "zero"):
+        numbers, scales, offsets = quantize_rows(kinds[kind])
+        assert torch.equal(scales.unsqueeze(1) * (numbers + offsets.unsqueeze(1)), kinds[kind])
 
 
 @pytest.mark.parametrize(("precision", "kind"), [*TABLES, ("fp32", "dot"), ("fp32", "cosine"), ("fp32", "bias")])
@@ -164,6 +198,23 @@ def test_a_jobs_lists_leave_the_best_of_the_stored_rows(precision, kind, tmp_pat
     few, most = catalog_of(artifact, np.arange(9)), catalog_of(artifact, np.arange(1, NUM_ITEMS))
     assert isinstance(few, FewItems)
     assert most.item_vectors.data_ptr() == module.item_vectors.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["dot", "cosine", "bias"])
+def test_stretches_of_an_int8_catalog_hold_the_best_of_the_whole(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "MAX_BLOCK_ITEMS", 64)
+    export(tmp_path / "artifact", kind, "int8", max_ndcg_loss=1.0)
+    artifact = Artifact.load(tmp_path / "artifact")
+    query = artifact.module.encode(torch.arange(22) * 11, torch.tensor([3, 0, 19]))
+    seen, seen_lengths = torch.tensor([5, 300, 7]), torch.tensor([2, 0, 1])
+    for items in (None, np.arange(1, NUM_ITEMS, 3), np.delete(np.arange(NUM_ITEMS), 9)):
+        ids, scores = catalog_of(artifact, items).top_k_of(query, seen, seen_lengths, 7)
+        searches = [search for share in range(2) for search in stretches_of(artifact, items, share, 2, 2)]
+        assert len(searches) > 2
+        found = [search.top_k_of(query, seen, seen_lengths, 7) for search in searches]
+        best, order = torch.cat([scores for _, scores in found], dim=1).sort(dim=1, descending=True, stable=True)
+        torch.testing.assert_close(best[:, :7], scores, rtol=1e-6, atol=1e-6)
+        assert torch.equal(torch.cat([ids for ids, _ in found], dim=1).gather(1, order)[:, :7], ids)
 
 
 @pytest.mark.parametrize("max_cases", [60, 1000, 17])

@@ -30,11 +30,11 @@ from glintru_rec.data.dataset import VOCABULARY_FILE
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
-from glintru_rec.export.item_files import BIASES_FILE, NORMS_FILE, SCALES_FILE, VECTORS_FILE, item_files
+from glintru_rec.export.item_files import BIASES_FILE, NORMS_FILE, OFFSETS_FILE, SCALES_FILE, VECTORS_FILE, item_files
 from glintru_rec.export.mapped_array import map_read_only
 from glintru_rec.files import sha256_of
 
-ARTIFACT_VERSION = 2
+ARTIFACT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt"
 # Keys of a manifest that reading relies on.
@@ -181,6 +181,8 @@ def _open_items(module: torch.jit.ScriptModule, path: Path, device: str) -> None
     names = item_files("int8" if module.is_int8 else "fp32", module.cosine, module.item_bias)
     tables = {name: map_read_only(path / name).to(device) for name in names}
     module.item_vectors = tables[VECTORS_FILE]
+    if OFFSETS_FILE in tables:
+        module.item_offsets = tables[OFFSETS_FILE]
     if SCALES_FILE in tables:
         module.item_scales = module.score_scales = tables[SCALES_FILE]
     if BIASES_FILE in tables:

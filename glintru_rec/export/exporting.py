@@ -77,7 +77,8 @@ def export_artifact(
         max_seq_len: the encoder will see each history's last ``max_seq_len`` items.
         encoder_config: how the encoder was built, for the manifest.
         provenance: run directory, step, dataset fingerprint and whatever else tells where the model comes from.
-        precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The encoder stays in fp32.
+        precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale and an offset for each row. The
+            encoder stays in fp32.
         format: ``torchscript``; ``pt2``, of `torch.export`; or ``aoti``, compiled by AOTInductor (see `programs`).
         validation: what the precision is measured on; needed for others than fp32.
         side: of the model's side features; None for none.

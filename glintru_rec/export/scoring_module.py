@@ -46,12 +46,14 @@ class ScoringModule(nn.Module):
 
     Attributes:
         item_vectors: the table as stored, ``[V, W]``.
-        item_scales: what its rows are to be multiplied by, ``[V]``; empty where they are what they stand for.
+        item_offsets: int8: what is to be added to its rows' numbers, ``[V]``; otherwise empty.
+        item_scales: int8: what the sums are to be multiplied by, ``[V]``; otherwise empty.
         item_biases: biases of the items, ``[V]``; empty where there are none, or the table has them.
-        score_scales: what products of query and stored row are to be multiplied by, ``[V]``, or empty.
+        score_scales: what products of query and stored row, offset included, are to be multiplied by, ``[V]``, or empty.
     """
 
     item_vectors: Tensor
+    item_offsets: Tensor
     item_scales: Tensor
     item_biases: Tensor
     score_scales: Tensor
@@ -76,6 +78,7 @@ class ScoringModule(nn.Module):
         self.max_block_cells = max_block_cells
         self.max_cached_cells = MAX_CACHED_CELLS
         self.register_buffer("item_vectors", item_vectors)
+        self.register_buffer("item_offsets", item_vectors.new_ones(0))
         self.register_buffer("item_scales", item_vectors.new_ones(0))
         self.register_buffer("item_biases", item_vectors.new_ones(0))
         # One number an item instead of a second, normalised table.
@@ -100,6 +103,7 @@ class ScoringModule(nn.Module):
         device = self.item_vectors.device
         self.item_vectors = map_array(folder + "/item_vectors.npy").to(device)
         if self.is_int8:
+            self.item_offsets = map_array(folder + "/item_offsets.npy").to(device)
             self.item_scales = map_array(folder + "/item_scales.npy").to(device)
             self.score_scales = self.item_scales
             if self.item_bias:
@@ -251,7 +255,10 @@ class ScoringModule(nn.Module):
         starts = torch.arange(0, num_items + block, block, device=query.device)
         seen_before: list[int] = torch.searchsorted(seen, starts).tolist()
         for i, start in enumerate(range(0, num_items, block)):
-            scores = torch.mm(query[:, :columns], self.item_vectors[start : start + block].to(query.dtype).t())
+            rows = self.item_vectors[start : start + block].to(query.dtype)
+            if self.item_offsets.numel() > 0:
+                rows.add_(self.item_offsets[start : start + block].unsqueeze(1))  # int8: rows are a copy
+            scores = torch.mm(query[:, :columns], rows.t())
             if self.score_scales.numel() > 0:
                 scores.mul_(self.score_scales[start : start + block])
             if self.item_biases.numel() > 0:
@@ -286,9 +293,12 @@ class ScoringModule(nn.Module):
         return self.side(rows, side_ids)
 
     def _stored(self, item_ids: Tensor) -> Tensor:
-        """Look up rows of the table as float32, ``[n, W]``."""
+        """Look up rows of the table as float32, int8 with their offsets, ``[n, W]``."""
         self._check_opened()
-        return self.item_vectors.index_select(0, item_ids).to(torch.float32)
+        rows = self.item_vectors.index_select(0, item_ids).to(torch.float32)
+        if self.item_offsets.numel() > 0:
+            rows.add_(self.item_offsets.index_select(0, item_ids).unsqueeze(1))
+        return rows
 
     def _check_items(self, what: str, item_ids: Tensor) -> None:
         self._check_opened()

@@ -43,8 +43,8 @@ class ExportConfig:
         output: the artifact's folder; it must not exist, or be empty.
         format: ``torchscript``, which the program score runs; or for servers, with one file for each method and for recurrent
             encoders only: ``pt2``, of torch.export, and ``aoti``, compiled by AOTInductor for this kind of machine (minutes).
-        precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale for each row. The manifest says what the
-            smaller ones cost on the validation users: error of scores, overlap of the top 10 and 100, change of NDCG@10.
+        precision: of the item table: ``fp32``, ``fp16``, or ``int8`` with a scale and an offset for each row. The manifest says
+            what that costs on the validation users: error of scores, overlap of the top 10 and 100, change of NDCG@10.
         max_ndcg_loss: a precision that loses more of NDCG@10, relative to fp32, is refused.
         validation_users: users that a precision is measured on, at most.
     """

@@ -41,8 +41,9 @@ class FewItems:
         self._items = torch.from_numpy(items).to(device)
         self._places = torch.full([artifact.vocabulary.num_items], -1, dtype=torch.int64, device=device)
         self._places[self._items] = torch.arange(len(items), device=device)
-        scales, biases = (x[self._items] if x.numel() else x for x in (module.score_scales, module.item_biases))
-        self._search = _search(artifact, module.item_vectors[self._items], scales, biases)
+        of_items = (module.item_offsets, module.score_scales, module.item_biases)
+        few = (x[self._items] if x.numel() else x for x in of_items)
+        self._search = _search(artifact, module.item_vectors[self._items], *few)
 
     def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""
@@ -65,8 +66,8 @@ class Stretch:
 
     def __init__(self, artifact: Artifact, search: Any, start: int, end: int):
         self._start, self._end = start, end
-        scales, biases = (x[start:end] for x in (search.score_scales, search.item_biases))
-        self._search = _search(artifact, search.item_vectors[start:end], scales, biases)
+        of_items = (search.item_vectors, search.item_offsets, search.score_scales, search.item_biases)
+        self._search = _search(artifact, *(x[start:end] for x in of_items))
 
     def top_k_of(self, query: Tensor, seen_ids: Tensor, seen_lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Do what `ScoringModule.top_k_of` does, with the catalog's own ids: ``[B, k]`` and ``[B, k]``."""
@@ -89,13 +90,13 @@ def most_items(artifact: Artifact, items: np.ndarray) -> ScoringModule:
     biases = torch.full([artifact.vocabulary.num_items], float("-inf"), device=module.item_vectors.device)
     kept = torch.from_numpy(items).to(biases.device)
     biases[kept] = module.item_biases[kept] if module.item_biases.numel() else 0.0
-    return _search(artifact, module.item_vectors, module.score_scales, biases)
+    return _search(artifact, module.item_vectors, module.item_offsets, module.score_scales, biases)
 
 
-def _search(artifact: Artifact, vectors: Tensor, scales: Tensor, biases: Tensor) -> ScoringModule:
+def _search(artifact: Artifact, vectors: Tensor, offsets: Tensor, scales: Tensor, biases: Tensor) -> ScoringModule:
     """Give a module for its ``top_k_of`` alone, on rows as the artifact stores them."""
     search = ScoringModule(_NoEncoder(vectors.size(1)), vectors, "dot", artifact.manifest["max_seq_len"])
-    search.score_scales, search.item_biases = scales, biases
+    search.item_offsets, search.score_scales, search.item_biases = offsets, scales, biases
     return search
 
 
