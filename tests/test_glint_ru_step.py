@@ -39,7 +39,8 @@ def test_prefill_and_steps_equal_forward(variant, dtype, bound, prefix):
     whole = encoder(x, offsets)
     index = torch.cat([torch.arange(start, start + prefix) for start in offsets[:-1].tolist()])
     hidden, state = encoder.prefill(x[index], offsets_from_lengths(torch.full((3,), prefix)))
-    assert torch.equal(hidden, encoder(x[index], offsets_from_lengths(torch.full((3,), prefix))))
+    without_state = encoder(x[index], offsets_from_lengths(torch.full((3,), prefix)))
+    assert ((hidden - without_state).abs() <= bound).all()  # a state asked for, attention sums in another order
     for n in range(prefix, 20):
         out, state = encoder.step(x[offsets[:-1] + n], state)
         assert (out - whole[offsets[:-1] + n]).abs().max() <= bound

@@ -147,9 +147,13 @@ def gated_crossing(c: Tensor, h: Tensor, weights: SelectiveGRUWeights, gate: Sel
     return (dropout(g, rate) if rate > 0 else g) * phi
 
 
-@torch.compiler.assume_constant_result  # a compiler must not look into how modules are found
 def _kernels_run(implementation: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return triton_kernels("selective_gru", implementation, torch.empty(0, width, device=device, dtype=dtype)) is not None
+
+
+# A compiler must not look into how modules are found. torch.compiler.assume_constant_result sets just this, but loads the
+# compiler to do so, which would be most of the time that importing this package takes.
+_kernels_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kernels(u: Tensor) -> ModuleType:
