@@ -188,7 +188,7 @@ def test_resume_with_other_batches_goes_on_where_the_epoch_was(dataset_dir, tmp_
 
     go_on("trainer.max_steps=3")
     with pytest.raises(
-        InputError, match=r"was written within epoch 1, whose order of reading .* now \(trainer.seed, data.\* or"
+        InputError, match=r"was written within epoch 1, whose order of reading .* now \(trainer.seed, data.\*, the data or"
     ):
         go_on("trainer.seed=1")
     go_on("trainer.batch_targets=512", "trainer.max_epochs=1")

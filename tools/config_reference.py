@@ -11,7 +11,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args
 
 from omegaconf import MISSING
 
@@ -112,6 +113,8 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
 
 
 def _name(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return " or ".join("null" if part is NoneType else _name(part) for part in get_args(kind))
     return kind.__name__ if inspect.isclass(kind) and not getattr(kind, "__args__", None) else str(kind).replace("typing.", "")
 
 
@@ -119,13 +122,14 @@ def _default(entry: dataclasses.Field) -> str:
     value = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     if value is dataclasses.MISSING or value == MISSING:
         return "must be given"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
     return "empty" if value in ("", {}, []) else str(value)
 
 
 def _unit(name: str, kind: Any) -> str:
-    if kind not in (int, float):
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if int not in kinds and float not in kinds:
         return ""
     return next((unit for ending, unit in UNITS.items() if name.endswith(ending)), "number")
 
