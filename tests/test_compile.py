@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from glintru_rec.encoders import ENCODERS
@@ -82,6 +83,17 @@ def test_gradients_of_operators(name):
     leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
     assert torch.autograd.gradcheck(differentiable, leaves)
     torch.library.opcheck(operator.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
+
+
+@pytest.mark.parametrize("channels", [4, 1])
+def test_gradients_of_convolutions_lie_in_memory_as_a_compiler_is_told(channels):
+    """An encoder whose compiled backward pass finds them elsewhere does not train."""
+    grad, x, weight, offsets = torch.randn(7, 4), torch.randn(7, 4), torch.randn(4, channels, 3), offsets_of([2, 0, 5])
+    arguments = (grad, x, weight, offsets, True, "auto")
+    gradients = torch.ops.glintru_rec.conv_backward(*arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        promised = torch.ops.glintru_rec.conv_backward(*arguments)
+    assert [x.stride() for x in gradients] == [x.stride() for x in promised]
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])

@@ -151,7 +151,7 @@ def _backward(
         shifted = _shifted(grad, shift, place, num_after)
         grad_x.addcmul_(shifted, by_tap[j])
         torch.sum(shifted * x, 0, out=grad_by_tap[j])
-    return grad_x, grad_by_tap.t().reshape(weight.shape), grad.sum(0)
+    return grad_x, grad_by_tap.t().contiguous().view(weight.shape), grad.sum(0)
 
 
 def _kernels(x: Tensor, weight: Tensor, causal: bool, implementation: str) -> ModuleType | None:
