@@ -137,7 +137,7 @@ class SequenceModel(nn.Module):
         inputs, targets = (~is_last).nonzero().squeeze(1), self.target_places(offsets)
         input_offsets = offsets_from_lengths(lengths_from_offsets(offsets) - 1)
         x = self.side(gather_rows(self.embeddings(rows), inputs), None if side_ids is None else side_ids[inputs])
-        hidden = self.encoder(x, input_offsets)
+        hidden = self.encoder(x, input_offsets).to(x.dtype)  # under torch.autocast an encoder may end in bf16
         if not self.encoder.causal:
             hidden = gather_rows(hidden, input_offsets[1:] - 1)
         vectors, negatives = self.item_vectors(rows), self.item_vectors(negatives)

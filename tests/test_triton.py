@@ -230,6 +230,17 @@ for op, *inputs in ops:
         found[implementation] = [*results, *gradients]
     for x, y in zip(found["torch"], found["triton"]):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+
+# bf16 factors: as the exact loss of rounded vectors, but for the aim's score, which is no product of the kernels.
+query, aim, items = (draw(n, 8, requires_grad=True) for n in (7, 7, 70))
+rounded = full_softmax(query.bfloat16().float(), aim, items.bfloat16().float(), implementation="torch")
+rounded = rounded + ((query.bfloat16().float() - query) * aim).sum(1)
+found = full_softmax(query, aim, items, precision="bf16", implementation="triton")
+torch.testing.assert_close(found, rounded, rtol=1e-5, atol=1e-5)
+assert not torch.equal(found, full_softmax(query, aim, items, implementation="triton"))
+for x, y in zip(*(torch.autograd.grad(loss.sum(), [query, aim, items]) for loss in (found, rounded))):
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, y, rtol=2**-7, atol=2**-7 * float(y.abs().max()))
 """
 
 

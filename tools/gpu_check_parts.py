@@ -252,11 +252,12 @@ def ml1m(data: str) -> None:
     else:
         sequences, num_items = random_sequences(6040, 3416, 165), 3416
         print(f"a random log of MovieLens-1M's shape: {sequences[0].size:,} events")
-    runs = [("glint_ru", "false"), ("rec_grela", "false"), ("lru_rec", "false"), ("glint_ru", "true"), ("rec_grela", "true")]
-    for model, compiled in runs:
-        overrides = [f"model={model}", "trainer.batch_targets=16384", f"trainer.compile={compiled}"]
-        with training(sequences, num_items, overrides) as run:
-            run.show(f"{model}{', compiled' if compiled == 'true' else ''}")
+    eager = [(model, False, "fp32") for model in ("glint_ru", "rec_grela", "lru_rec")]
+    compiled = [(model, True, precision) for precision in ("fp32", "bf16") for model in ("glint_ru", "rec_grela")]
+    for model, is_compiled, precision in (*eager, *compiled):
+        overrides = [f"model={model}", "trainer.batch_targets=16384", f"trainer.precision={precision}"]
+        with training(sequences, num_items, [*overrides, f"trainer.compile={str(is_compiled).lower()}"]) as run:
+            run.show(f"{model}, {precision}{', compiled' if is_compiled else ''}")
 
 
 def catalog(name: str) -> None:

@@ -45,7 +45,7 @@ def full_softmax(
             each item on one rank, n may differ and be 0.
         temperature: divides the scores.
         precision: ``bf16`` rounds the factors of the logits' products, and of their gradients', to bfloat16 and sums in
-            fp32, on CPUs that can (AMX, AVX512_BF16); the aim's score and all else stay fp32.
+            fp32, in the Triton kernels and on CPUs that can (AMX, AVX512_BF16); the aim's score and all else stay fp32.
         group: ranks that share the catalog, all of which call this and its backward pass at the same point of their
             programs; None: this rank alone.
         implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`).
@@ -108,9 +108,10 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, items: Tensor, precision: str, at_once: bool, implementation: str):
-        ctx.kernels = triton_kernels("softmax", implementation, query)
+        dtype = torch.bfloat16 if precision == "bf16" else query.dtype  # of the kernels' factors; they sum in fp32
+        ctx.kernels = triton_kernels("softmax", implementation, query[:0].to(dtype))
         if ctx.kernels is not None:
-            query, items = query.contiguous(), items.contiguous()
+            query, items = query.to(dtype).contiguous(), items.to(dtype).contiguous()
             log_sum = ctx.kernels.forward(query, items)
             ctx.save_for_backward(query, items, log_sum)
             return log_sum

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import lengths_from_offsets, positions, sequence_index
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 
 
 def conv_reference(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, causal: bool) -> Tensor:
@@ -180,3 +180,4 @@ def _gradients(ctx, grad: Tensor):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.bfloat16)

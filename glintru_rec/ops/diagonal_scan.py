@@ -14,7 +14,7 @@ Shapes: T items, B sequences, S complex features.
 import torch
 from torch import Tensor
 
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 from glintru_rec.ops.time_major import TimeMajor, time_major
 
 
@@ -166,3 +166,4 @@ def _gradients(ctx, grad_states: Tensor, grad_last: Tensor):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.float32, torch.float32)

@@ -9,7 +9,7 @@ Shapes: T items, B sequences, D hidden width.
 import torch
 from torch import Tensor
 
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 from glintru_rec.ops.time_major import TimeMajor, time_major
 
 
@@ -240,3 +240,4 @@ def _gradients(ctx, grad_hidden: Tensor, grad_last: Tensor, _):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.float32)

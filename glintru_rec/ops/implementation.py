@@ -15,7 +15,9 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from glintru_rec.errors import InputError
 
@@ -55,6 +57,16 @@ def triton_kernels(op: str, implementation: str, *deciding: Tensor) -> ModuleTyp
     if implementation == "triton" and not (deciding[0].is_cuda or _triton_interprets()):
         raise InputError(f"{op}: implementation is 'triton', but the input is on {deciding[0].device}, not on a GPU")
     return kernels
+
+
+def under_autocast(op: CustomOpDef, cpu: torch.dtype, cuda: torch.dtype = torch.bfloat16) -> None:
+    """Say what `torch.autocast` casts an operator's floating tensors to, on either device.
+
+    Triton's kernels keep states and sums in fp32 whatever their inputs are. The torch code has them in its inputs' dtype, so
+    what adds up along a history gets fp32 on a CPU.
+    """
+    op.register_autocast("cpu", cpu)
+    op.register_autocast("cuda", cuda)
 
 
 def _triton_interprets() -> bool:

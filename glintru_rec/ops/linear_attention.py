@@ -22,7 +22,7 @@ from glintru_rec.ops.chunks import (
     to_chunks,
     total_sums,
 )
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Tensor:
@@ -275,3 +275,4 @@ def _gradients(ctx, grad_out: Tensor, grad_last: Tensor):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.float32)

@@ -23,7 +23,7 @@ from glintru_rec.ops.chunks import (
     to_chunks,
     total_sums,
 )
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 from glintru_rec.ops.linear_attention import attend_backward, attend_in_chunks, attention_reference
 
 
@@ -305,3 +305,4 @@ def _gradients(ctx, grad_out: Tensor, grad_memory: Tensor, grad_key_sums: Tensor
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.float32)

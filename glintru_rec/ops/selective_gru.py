@@ -18,7 +18,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.ops.conv import conv_reference, ragged_conv1d
 from glintru_rec.ops.dropout import dropout
 from glintru_rec.ops.gru import gru_reference, ragged_gru
-from glintru_rec.ops.implementation import triton_kernels
+from glintru_rec.ops.implementation import triton_kernels, under_autocast
 
 
 class SelectiveGRUWeights(NamedTuple):
@@ -216,3 +216,4 @@ def _gradients(ctx, grad_out: Tensor, grad_last: Tensor, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+under_autocast(_forward, torch.float32)

@@ -111,8 +111,8 @@ class LossConfig:
         horizon: each position is to predict this many of the items that follow it: 1, the next one; 2 or 3 help where few
             events are known of an item and their order says little.
         horizon_decay: weight of each of them in proportion to the one before.
-        precision: of the matrix products of ``full_softmax`` on a CPU: ``fp32``, or ``bf16`` factors summed in fp32
-            (1.7 to 1.9 times as fast on a CPU with AMX).
+        precision: of the matrix products of ``full_softmax``: ``fp32``, or ``bf16`` factors summed in fp32 (1.7 to 1.9 times as
+            fast on a CPU with AMX; on one that has no bf16, fp32 all the same).
     """
 
     name: str = "sampled_softmax"
@@ -210,6 +210,8 @@ class TrainerConfig:
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
             needs a C++ compiler; the first step of a process then takes a minute or so. Validation runs uncompiled.
+        precision: of the encoder in training: ``fp32``, or ``bf16`` (mixed, by torch.autocast): products of bf16 factors, fp32
+            weights, optimizer, recurrent states, table and loss. Slower than fp32 on a CPU without AVX512_BF16 or AMX.
     """
 
     max_epochs: int = 20
@@ -230,6 +232,7 @@ class TrainerConfig:
     resume: bool = False
     device: str = "auto"
     compile: bool = False
+    precision: str = "fp32"
 
     def __post_init__(self):
         counts = ("max_epochs", "batch_targets", "validate_every_epochs", "eval_batch_users", "log_every_steps")
@@ -240,6 +243,7 @@ class TrainerConfig:
         possible = 0 < self.timeout_seconds <= 1e7  # more than timedelta and gloo could count
         check("trainer.timeout_seconds", self.timeout_seconds, possible, "greater than 0 and at most 1e7")
         one_of("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("trainer.precision", self.precision, PRECISIONS)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
 from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.metrics import Protocol
+from glintru_rec.model import TrainingOutput
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
 from glintru_rec.scoring.memory import give_back_freed
@@ -75,6 +76,7 @@ class Trainer:
         self.items = DynamicItems(config, id_map, self.model, self.optimizer) if id_map else None
         self.learning_rates = LearningRates(self.optimizer, dense.schedule, dense.warmup_steps)
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16")
         self.sampled_softmax = sampled_softmax
         if config.trainer.compile:  # in place: the names of the parameters stay as they are
             self.model.module.encoder.compile(fullgraph=True, dynamic=True)
@@ -253,18 +255,15 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
-        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
-        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
         if self.whole_catalog:
             own = answered_ids(self.num_candidates)  # all ranks together have all
-            own_ids = torch.arange(own.start, own.stop, device=self.device)
-            output = self.model(item_ids, offsets, own_ids, loss.horizon, loss.horizon_decay, side_ids)
+            output = self._vectors(batch, torch.arange(own.start, own.stop, device=self.device))
             vectors = (output.query, output.aim, output.negatives)
             return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
-        output = self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
+        output = self._vectors(batch, negative_ids)
         return self.sampled_softmax(
             output.query,
             output.positive,
@@ -276,6 +275,14 @@ class Trainer:
             output.aim,
             target_log_q if loss.correct_positive else None,
         )
+
+    def _vectors(self, batch: Batch, negative_ids: Tensor) -> TrainingOutput:
+        """Look up and encode, in mixed precision if asked for: the vectors are fp32 all the same, and so is the loss."""
+        loss = self.config.loss
+        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
+        with self.autocast:
+            item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
+            return self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet."""
