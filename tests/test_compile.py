@@ -44,7 +44,7 @@ def operator_inputs(lengths, dtype=torch.float64):
         # Scores against five negatives, of which every third target is one.
         "negatives_forward": (
             *(draw(items, 4), draw(5, 4), torch.rand(5, dtype=dtype)),
-            *(torch.arange(items) % 3, torch.tensor([0, 7, 7, 8, 9]), True, "auto"),
+            *(torch.arange(items) % 3, torch.tensor([0, 7, 7, 8, 9]), torch.arange(items) * 5 + 1, -1.0, True, "auto"),
         ),
         "rotate": (draw(items, 2, 6), torch.rand(items, 3), torch.rand(items, 3)),
         "softmax_attention": (draw(items, 12), offsets, seed, 2, 5, 0.3),

@@ -16,7 +16,7 @@ from glintru_rec.config import compose
 from glintru_rec.data.batches import Batch
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.jagged import offsets_from_lengths
-from glintru_rec.losses import full_softmax, softmax
+from glintru_rec.losses import Seen, full_softmax, softmax
 from glintru_rec.model import SequenceModel
 from glintru_rec.tables.sharding import answered_ids, local_rows
 from glintru_rec.training.config import TrainConfig
@@ -82,6 +82,7 @@ CASES = {
     "nothing at all": ((0, 0, 0, 0), (6, 6, 6, 5)),
 }
 TEMPERATURES = (1.0, 0.3)
+ALL_CASES = list(itertools.product(CASES.values(), TEMPERATURES, (False, True)))  # the last: what is seen left out
 
 
 def inputs(num_targets):
@@ -98,16 +99,25 @@ def share_of(parts, rank, world_size):
     return slice(bounds[rank * step], bounds[(rank + 1) * step])
 
 
+def seen_of(targets):
+    """What some targets, numbered, have seen: slices of 0 to 3 items drawn for each, less the one that is aimed at."""
+    drawn = torch.randint(NUM_ITEMS, (40, 3), generator=torch.Generator().manual_seed(9))[targets]
+    begins = 3 * torch.arange(targets.numel())
+    aims = torch.where(targets % 3 == 0, drawn[:, 0], 5).unsqueeze(1)
+    return Seen(drawn.flatten(), begins, begins + targets % 4, aims, -torch.inf)
+
+
 def loss_on_ranks():
     """Loss and gradients of this rank, for every case, temperature and size of blocks."""
     rank, world_size, results = dist.get_rank(), dist.get_world_size(), []
     for rows, columns in ((256, 1024), (3, 4)):
         softmax.ROWS, softmax.COLUMNS = rows, columns
-        for (num_targets, num_items), temperature in itertools.product(CASES.values(), TEMPERATURES):
+        for (num_targets, num_items), temperature, leaves_out in ALL_CASES:
             query, aim, items, weights = inputs(sum(num_targets))
             mine, own = share_of(num_targets, rank, world_size), share_of(num_items, rank, world_size)
             leaves = [part.requires_grad_() for part in (query[mine], aim[mine], items[own])]
-            loss = full_softmax(*leaves, temperature, group=dist.group.WORLD)
+            seen = seen_of(torch.arange(sum(num_targets))[mine]) if leaves_out else None
+            loss = full_softmax(*leaves, temperature, group=dist.group.WORLD, seen=seen, first_item=own.start)
             results.append([loss.detach(), *torch.autograd.grad((loss * weights[mine]).sum(), leaves)])
     return results
 
@@ -115,12 +125,16 @@ def loss_on_ranks():
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_compute_the_whole_softmax(world_size, tmp_path):
     ranks = run_ranks(loss_on_ranks, world_size, tmp_path)
-    cases = [*itertools.product(CASES.values(), TEMPERATURES)] * 2
-    assert [len(results) for results in ranks] == [len(cases)] * world_size
-    for number, ((num_targets, _), temperature) in enumerate(cases):
+    assert [len(results) for results in ranks] == [2 * len(ALL_CASES)] * world_size
+    for number, ((num_targets, _), temperature, leaves_out) in enumerate(ALL_CASES * 2):
         query, aim, items, weights = inputs(sum(num_targets))
         leaves = [query.requires_grad_(), aim.requires_grad_(), items.requires_grad_()]
         scores = query @ items.T / temperature
+        if leaves_out:
+            seen = seen_of(torch.arange(sum(num_targets)))
+            for t, (begin, end) in enumerate(zip(seen.begins, seen.ends)):
+                hidden = set(seen.item_ids[begin:end].tolist()) - set(seen.aims[t].tolist())
+                scores.data[t, sorted(hidden)] = -torch.inf
         loss = scores.exp().sum(1).log() - (query * aim).sum(1) / temperature
         expected = [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
         ours = [torch.cat(parts) for parts in zip(*(results[number] for results in ranks))]
@@ -133,6 +147,8 @@ STEPS = {
     "row_wise": ["table=row_wise", "table.optimizer=sgd", "table.learning_rate=1"],
     "adagrad": ["table=row_wise", "model.item_bias=true", "loss.horizon=3"],
     "replicated": ["table=replicated", "model.similarity=cosine", "loss.temperature=0.1"],
+    "seen left out": ["table=row_wise", "table.optimizer=sgd", "table.learning_rate=1", "loss.seen_weight=0"],
+    "replicated, seen left out": ["table=replicated", "loss.horizon=3", "loss.seen_weight=0.3"],
     "replicated with biases": ["table=replicated", "model.item_bias=true", "loss.precision=fp32"],
 }
 LENGTHS = (5, 9, 2)  # of the sequences: the last of four ranks has none
@@ -184,6 +200,17 @@ class PlainTable(nn.Module):
         return self.weight[item_ids], self.weight[more_ids]
 
 
+def lower_seen(scores, horizon, weight):
+    """Before a target in its sequence, and not what its position aims at: rows are targets."""
+    row = 0
+    for sequence in SEQUENCES:
+        for n in range(1, len(sequence)):
+            seen = set(sequence[:n].tolist()) - set(sequence[n : n + horizon].tolist())
+            scores.data[row, sorted(seen)] += torch.tensor(weight, dtype=scores.dtype).log()
+            row += 1
+    assert row == scores.size(0)
+
+
 def true_step(dataset_dir):
     """The same from the formula, in float64, with the sequences in the order of one rank."""
     results = {}
@@ -195,10 +222,12 @@ def true_step(dataset_dir):
         offsets = offsets_from_lengths(torch.tensor(LENGTHS))
         output = model(torch.cat(SEQUENCES), offsets, torch.arange(60), loss.horizon, loss.horizon_decay)
         scores = output.query @ output.negatives.T / loss.temperature
+        if loss.seen_weight < 1:
+            lower_seen(scores, loss.horizon, loss.seen_weight)
         losses = scores.exp().sum(1).log() - (output.query * output.aim).sum(1) / loss.temperature
         (losses.sum() / 32).backward()
         gradient, rows = plain.weight.grad, plain.weight.detach()
-        if name == "row_wise":
+        if name in ("row_wise", "seen left out"):
             rows = rows - gradient
         elif name == "adagrad":
             rows = rows - 0.05 * gradient / (gradient.square().mean(1, keepdim=True).sqrt() + 1e-8)

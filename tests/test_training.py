@@ -113,6 +113,7 @@ def test_resume_equals_uninterrupted(dataset_dir, tmp_path, overrides):
 def test_compiled_training(dataset_dir, tmp_path):
     """Going on compiled from an eager checkpoint gives the eager losses, dropout included, and a checkpoint to load as any."""
     small = ["model=lru_rec", "model.embedding_dim=16", "model.options.num_blocks=1", "data.max_seq_len=20", *AVERAGED]
+    small += ["loss.num_negatives=16", "loss.seen_weight=0"]
     steps = [f"trainer.{key}" for key in ("batch_targets=128", "log_every_steps=1", "checkpoint_every_steps=3", "keep_last=9")]
     arguments = [f"data.path={dataset_dir}", *small, *steps, "trainer.max_steps=6"]
     run_program("train", *arguments, f"output={tmp_path / 'eager'}")

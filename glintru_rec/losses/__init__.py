@@ -2,6 +2,17 @@
 
 from glintru_rec.losses.negatives import LogUniform, Negatives, NegativeSampler, Popularity, Uniform
 from glintru_rec.losses.sampled import sampled_softmax
+from glintru_rec.losses.seen import Seen, seen_before
 from glintru_rec.losses.softmax import full_softmax
 
-__all__ = ["LogUniform", "NegativeSampler", "Negatives", "Popularity", "Uniform", "full_softmax", "sampled_softmax"]
+__all__ = [
+    "LogUniform",
+    "NegativeSampler",
+    "Negatives",
+    "Popularity",
+    "Seen",
+    "Uniform",
+    "full_softmax",
+    "sampled_softmax",
+    "seen_before",
+]

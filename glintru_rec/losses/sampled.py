@@ -3,9 +3,12 @@
 Shapes: T targets, K negatives, D width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from glintru_rec.errors import InputError
 from glintru_rec.ops.implementation import triton_kernels
 
 
@@ -20,6 +23,8 @@ def sampled_softmax(
     aim: Tensor | None = None,
     positive_log_q: Tensor | None = None,
     implementation: str = "auto",
+    seen_places: Tensor | None = None,
+    seen_log_weight: float = -math.inf,
 ) -> Tensor:
     """Softmax cross-entropy against a sample of the catalog.
 
@@ -42,7 +47,10 @@ def sampled_softmax(
         positive_log_q: log of the expected count of each target in the sample, ``[T]``: subtracted from s⁺ and s_aim, as in
             the classic correction, which treats the positive as one of the sample; None: it is not corrected.
         implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`): with Triton's kernels the
-            ``[T, K]`` scores never exist.
+            ``[T, K]`` scores never exist. Torch code with ``seen_places``.
+        seen_places: which of the scores ``[T, K]``, row by row, are of an item that the user has seen: int64 ``[P]``
+            (`Seen.places`); None: none.
+        seen_log_weight: log of what these weigh in the sum; minus infinity masks them.
 
     Returns:
         One loss per target, ``[T]``; float32 where the inputs are narrower.
@@ -58,9 +66,13 @@ def sampled_softmax(
         positive_score, aim_score = positive_score - positive_log_q, aim_score - positive_log_q
     if not isinstance(log_q, Tensor):
         log_q = torch.full_like(negative_ids, log_q or 0.0, dtype=wide)
+    if seen_places is not None:
+        if implementation == "triton":
+            raise InputError("sampled_softmax: implementation is 'triton', whose kernels know no seen_places")
+        implementation = "torch"
     save = torch.is_grad_enabled() and (query.requires_grad or negatives.requires_grad)
     corrected = query.contiguous(), negatives.contiguous(), log_q.to(wide), target_ids, negative_ids
-    log_sum, _ = _forward(*corrected, save, implementation)
+    log_sum, _ = _forward(*corrected, seen_places, seen_log_weight, save, implementation)
     return torch.logaddexp(positive_score, log_sum) - aim_score
 
 
@@ -71,6 +83,8 @@ def _forward(
     log_q: Tensor,
     target_ids: Tensor,
     negative_ids: Tensor,
+    seen_places: Tensor | None,
+    seen_log_weight: float,
     save: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
@@ -80,6 +94,8 @@ def _forward(
         return kernels.forward(query, negatives, log_q, target_ids, negative_ids), log_q.new_empty(0, log_q.numel())
     scores = torch.mm(query, negatives.t()).to(log_q.dtype).sub_(log_q)
     scores.masked_fill_(target_ids.unsqueeze(1) == negative_ids, -torch.inf)
+    if seen_places is not None:
+        scores.view(-1)[seen_places] += seen_log_weight  # once, however often it was seen
     return scores.logsumexp(1), scores if save else scores[:0].clone()
 
 
@@ -104,7 +120,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(query, negatives, log_q, target_ids, negative_ids, save, implementation):
+def _(query, negatives, log_q, target_ids, negative_ids, seen_places, seen_log_weight, save, implementation):
     kept = query.size(0) if save and triton_kernels("softmax", implementation, query) is None else 0
     return log_q.new_empty(query.size(0)), log_q.new_empty(kept, negatives.size(0))
 
@@ -115,13 +131,13 @@ def _(grad, query, negatives, log_q, target_ids, negative_ids, log_sum, scores, 
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, _, ctx.implementation = inputs
+    *tensors, _, _, _, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad: Tensor, _):
-    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.implementation), None, None, None, None, None
+    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.implementation), *[None] * 7
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -111,6 +111,10 @@ class LossConfig:
         horizon: each position is to predict this many of the items that follow it: 1, the next one; 2 or 3 help where few
             events are known of an item and their order says little.
         horizon_decay: weight of each of them in proportion to the one before.
+        seen_weight: what an item weighs among the negatives of a target that it stands before in its window: 1, as any other;
+            0, it is left out. Rankings leave out what the user has seen; weighing as much as others here, it teaches a model to
+            score it low, and what is alike with it. For logs in which users do not come back to an item. Below 1, torch
+            code on CUDA too.
         precision: of the matrix products of ``full_softmax``: ``fp32``, or ``bf16`` factors summed in fp32 (1.7 to 1.9 times as
             fast on a CPU with AMX; on one that has no bf16, fp32 all the same).
     """
@@ -126,12 +130,14 @@ class LossConfig:
     temperature: float = 1.0
     horizon: int = 1
     horizon_decay: float = 0.5
+    seen_weight: float = 1.0
     precision: str = "fp32"
 
     def __post_init__(self):
         one_of("loss.name", self.name, ("sampled_softmax", "full_softmax"))
         check("loss.horizon", self.horizon, self.horizon >= 1, "at least 1")
         check("loss.horizon_decay", self.horizon_decay, 0 < self.horizon_decay <= 1, "greater than 0 and at most 1")
+        check("loss.seen_weight", self.seen_weight, 0 <= self.seen_weight <= 1, "at least 0 and at most 1")
         one_of("loss.precision", self.precision, PRECISIONS)
         check("loss.num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1")
         one_of("loss.negatives", self.negatives, ("uniform", "log_uniform", "popularity", "in_batch", "mixed"))

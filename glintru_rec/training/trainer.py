@@ -13,7 +13,7 @@ from glintru_rec.data.dataset import SequenceDataset, fingerprint
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
-from glintru_rec.losses import full_softmax, sampled_softmax
+from glintru_rec.losses import Seen, full_softmax, sampled_softmax, seen_before
 from glintru_rec.metrics import Protocol
 from glintru_rec.model import TrainingOutput
 from glintru_rec.progress import Progress
@@ -259,11 +259,13 @@ class Trainer:
             own = answered_ids(self.num_candidates)  # all ranks together have all
             output = self._vectors(batch, torch.arange(own.start, own.stop, device=self.device))
             vectors = (output.query, output.aim, output.negatives)
-            return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD)
+            options = (loss.temperature, loss.precision, dist.group.WORLD)
+            return full_softmax(*vectors, *options, seen=self._seen(batch), first_item=own.start)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
         output = self._vectors(batch, negative_ids)
+        seen = self._seen(batch)
         return self.sampled_softmax(
             output.query,
             output.positive,
@@ -274,6 +276,8 @@ class Trainer:
             loss.temperature,
             output.aim,
             target_log_q if loss.correct_positive else None,
+            seen_places=None if seen is None else seen.places(negative_ids),
+            seen_log_weight=0.0 if seen is None else seen.log_weight,
         )
 
     def _vectors(self, batch: Batch, negative_ids: Tensor) -> TrainingOutput:
@@ -283,6 +287,14 @@ class Trainer:
         with self.autocast:
             item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
             return self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
+
+    def _seen(self, batch: Batch) -> Seen | None:
+        """Say which items weigh less among each target's negatives."""
+        loss = self.config.loss
+        if loss.seen_weight == 1:
+            return None
+        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
+        return seen_before(item_ids, offsets, self.model.module.target_places(offsets), loss.horizon, loss.seen_weight)
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet."""
