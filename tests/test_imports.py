@@ -24,6 +24,7 @@ FLOORS = {
     "glintru_rec.losses": 3,
     "glintru_rec.metrics": 3,
     "glintru_rec.candidates": 3,
+    "glintru_rec.memory": 4,
     "glintru_rec.model": 4,
     "glintru_rec.data": 4,
     "glintru_rec.tables": 4,

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from glintru_rec import GlintRU
+from glintru_rec import GlintRU, memory
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, export_artifact
-from glintru_rec.scoring import ScoreConfig, memory, score
+from glintru_rec.memory import FreedMemory
+from glintru_rec.scoring import ScoreConfig, score
 from glintru_rec.scoring.fragments import find_inputs, open_fragments
-from glintru_rec.scoring.memory import FreedMemory
 from glintru_rec.scoring.pipeline import READ_AHEAD, map_in_order, one_thread_each, read_ahead
 from glintru_rec.scoring.ranks import share_out
 from glintru_rec.scoring.rows import Columns, Limits

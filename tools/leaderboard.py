@@ -33,7 +33,8 @@ from leaderboard_table import build_row, draw, drawn_rows, to_markdown
 
 import glintru_rec
 from glintru_rec.config import check, from_yaml
-from glintru_rec.data.dataset import SequenceDataset, is_raw
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset_files import is_raw
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json, write_text
 from glintru_rec.progress import format_seconds

@@ -27,8 +27,8 @@ from glintru_rec.config import check, compose
 from glintru_rec.errors import InputError
 from glintru_rec.jagged import offsets_from_lengths
 from glintru_rec.losses import NegativeSampler, Uniform, sampled_softmax
+from glintru_rec.memory import give_back_freed
 from glintru_rec.scoring.evaluation import BLOCK_SCORES, COMPARED_SCORES
-from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.tables.item_table import BIAS_COLUMNS
 from glintru_rec.tables.plan import BYTES_PER_VALUE, state_bytes
 from glintru_rec.tables.sharding import build_optimizer

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from glintru_rec.data.cleaning import Cleaned
-from glintru_rec.data.dataset import (
+from glintru_rec.data.dataset_files import (
     MANIFEST_FILE,
     RARE_FILE,
     SET_ASIDE_FILE,

@@ -23,7 +23,7 @@ from typing import Any
 
 from glintru_rec.config import one_of
 from glintru_rec.data.cleaning import clean, drop_rare, stage
-from glintru_rec.data.dataset import MANIFEST_FILE, SCHEMA_VERSION, SET_ASIDE_FILE
+from glintru_rec.data.dataset_files import MANIFEST_FILE, SCHEMA_VERSION, SET_ASIDE_FILE
 from glintru_rec.data.engine import DuckDBEngine, Engine, fetch_one
 from glintru_rec.data.formats import LogColumns, LogFile, open_log
 from glintru_rec.data.growing import Base

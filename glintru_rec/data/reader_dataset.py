@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from glintru_rec.data.dataset import (
-    EvalCases,
-    SequenceDataset,
+from glintru_rec.data.dataset import EvalCases, SequenceDataset
+from glintru_rec.data.dataset_files import (
     Sequences,
     check_part,
     check_sequences,

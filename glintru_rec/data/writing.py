@@ -13,14 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glintru_rec.data.cleaning import Cleaned
-from glintru_rec.data.dataset import (
-    MIN_EVENTS_TO_SPLIT,
-    RARE_FILE,
-    SET_ASIDE_FILE,
-    SIDE_TYPE,
-    VOCABULARY_FILE,
-    side_column,
-)
+from glintru_rec.data.dataset import MIN_EVENTS_TO_SPLIT
+from glintru_rec.data.dataset_files import RARE_FILE, SET_ASIDE_FILE, SIDE_TYPE, VOCABULARY_FILE, side_column
 from glintru_rec.data.engine import Engine, fetch_one
 from glintru_rec.data.side_features import MAX_VALUES, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary

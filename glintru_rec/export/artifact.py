@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from glintru_rec.config import wrong_keys
-from glintru_rec.data.dataset import VOCABULARY_FILE
+from glintru_rec.data.dataset_files import VOCABULARY_FILE
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError

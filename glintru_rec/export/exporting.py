@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import VOCABULARY_FILE, EvalCases
+from glintru_rec.data.dataset import EvalCases
+from glintru_rec.data.dataset_files import VOCABULARY_FILE
 from glintru_rec.data.side_features import SIDE_FILE, SideVocabulary
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.base import Encoder

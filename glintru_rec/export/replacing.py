@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from glintru_rec.data.dataset import VOCABULARY_FILE
+from glintru_rec.data.dataset_files import VOCABULARY_FILE
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import MANIFEST_FILE, read_manifest, verify_files

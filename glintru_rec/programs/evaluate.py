@@ -8,7 +8,8 @@ import torch.distributed as dist
 from omegaconf import MISSING
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import SequenceDataset, fingerprint
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset_files import fingerprint
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json

@@ -9,7 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from glintru_rec.config import check, one_of
-from glintru_rec.data.dataset import MANIFEST_FILE, SequenceDataset, fingerprint, read_manifest
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset_files import MANIFEST_FILE, fingerprint, read_manifest
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
 from glintru_rec.export.exporting import FORMATS, Validation, export_artifact

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glintru_rec.data.dataset import VOCABULARY_FILE
+from glintru_rec.data.dataset_files import VOCABULARY_FILE
 from glintru_rec.errors import InputError
 from glintru_rec.files import write_json, write_text
 from glintru_rec.programs.launcher import write_config

@@ -34,13 +34,13 @@ from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import Artifact
 from glintru_rec.export.ranking_artifact import RankingArtifact
 from glintru_rec.files import sha256_of, write_json, write_text
+from glintru_rec.memory import FreedMemory
 from glintru_rec.scoring.addresses import RemoteFolder, fetched, is_remote
 from glintru_rec.scoring.config import ScoreConfig
 from glintru_rec.scoring.examples import ExampleScorer
 from glintru_rec.scoring.fragments import Fragment, find_inputs
 from glintru_rec.scoring.index import IndexReport
 from glintru_rec.scoring.ledger import Ledger, Record
-from glintru_rec.scoring.memory import FreedMemory
 from glintru_rec.scoring.pipeline import map_in_order, one_thread_each, read_ahead, timed
 from glintru_rec.scoring.ranks import from_all, on_first, rank_and_size, share_out
 from glintru_rec.scoring.remote_ledger import RemoteLedger

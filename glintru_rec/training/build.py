@@ -12,7 +12,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from glintru_rec.config import from_yaml
 from glintru_rec.data.admitted import AdmittedDataset
 from glintru_rec.data.batches import TrainingBatches
-from glintru_rec.data.dataset import VOCABULARY_FILE, SequenceDataset, fingerprint, is_raw
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset_files import VOCABULARY_FILE, fingerprint, is_raw
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap, read_admitted
 from glintru_rec.data.reader import Ranks, RowGroupBatches
 from glintru_rec.data.reader_dataset import RowGroupDataset

@@ -30,7 +30,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.errors import InputError
 from glintru_rec.files import publish, write_json
-from glintru_rec.scoring.memory import give_back_freed
+from glintru_rec.memory import give_back_freed
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.checkpoint import RunState, folder_of, list_checkpoints, rank_checkpoints, reason_of
 

@@ -9,16 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glintru_rec.data.batches import START, Batch
-from glintru_rec.data.dataset import SequenceDataset, fingerprint
+from glintru_rec.data.dataset import SequenceDataset
+from glintru_rec.data.dataset_files import fingerprint
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
 from glintru_rec.losses import Seen, full_softmax, sampled_softmax, seen_before
+from glintru_rec.memory import give_back_freed
 from glintru_rec.metrics import Protocol
 from glintru_rec.model import TrainingOutput
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
-from glintru_rec.scoring.memory import give_back_freed
 from glintru_rec.tables.sharding import answered_ids, build_optimizer
 from glintru_rec.training.averaging import WeightAverage
 from glintru_rec.training.build import (
