@@ -217,7 +217,7 @@ class TrainerConfig:
         compile: train with encoder and sampled softmax compiled by torch.compile: the same losses, up to rounding. On a CPU it
             needs a C++ compiler; the first step of a process then takes a minute or so. Validation runs uncompiled.
         precision: of the encoder in training: ``fp32``, or ``bf16`` (mixed, by torch.autocast): products of bf16 factors, fp32
-            weights, optimizer, recurrent states, table and loss. Slower than fp32 on a CPU without AVX512_BF16 or AMX.
+            weights, optimizer, recurrent states, table and loss. Measured on CPUs with AMX alone.
     """
 
     max_epochs: int = 20

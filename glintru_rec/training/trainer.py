@@ -256,17 +256,20 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         """One loss per target, ``[T - B]``."""
         loss = self.config.loss
+        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
+        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
+        seen = self._seen(item_ids, offsets)
         if self.whole_catalog:
             own = answered_ids(self.num_candidates)  # all ranks together have all
-            output = self._vectors(batch, torch.arange(own.start, own.stop, device=self.device))
+            own_ids = torch.arange(own.start, own.stop, device=self.device)
+            output = self._vectors(item_ids, offsets, own_ids, side_ids)
             vectors = (output.query, output.aim, output.negatives)
             options = (loss.temperature, loss.precision, dist.group.WORLD)
-            return full_softmax(*vectors, *options, seen=self._seen(batch), first_item=own.start)
+            return full_softmax(*vectors, *options, seen=seen, first_item=own.start)
         target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
-        output = self._vectors(batch, negative_ids)
-        seen = self._seen(batch)
+        output = self._vectors(item_ids, offsets, negative_ids, side_ids)
         return self.sampled_softmax(
             output.query,
             output.positive,
@@ -281,20 +284,17 @@ class Trainer:
             seen_log_weight=0.0 if seen is None else seen.log_weight,
         )
 
-    def _vectors(self, batch: Batch, negative_ids: Tensor) -> TrainingOutput:
+    def _vectors(self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, side_ids: Tensor | None) -> TrainingOutput:
         """Look up and encode, in mixed precision if asked for: the vectors are fp32 all the same, and so is the loss."""
         loss = self.config.loss
-        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
         with self.autocast:
-            item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
             return self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
 
-    def _seen(self, batch: Batch) -> Seen | None:
+    def _seen(self, item_ids: Tensor, offsets: Tensor) -> Seen | None:
         """Say which items weigh less among each target's negatives."""
         loss = self.config.loss
         if loss.seen_weight == 1:
             return None
-        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
         return seen_before(item_ids, offsets, self.model.module.target_places(offsets), loss.horizon, loss.seen_weight)
 
     def validate(self) -> None:
