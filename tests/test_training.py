@@ -261,7 +261,7 @@ with process_group("cpu") as device:
         config = compose("train", TrainConfig, [*overrides, f"loss.negatives={negatives}"])
         trainer = Trainer(config, SequenceDataset.open(config.data.path), device)
         before = local_rows(trainer.model)[0].clone()
-        trainer.negatives = build_negatives(config.loss, trainer.dataset, trainer.batches, 0)
+        trainer.losses.negatives = build_negatives(config.loss, trainer.dataset, trainer.batches, 0)
         batches, kept = trainer.batches.epoch(0), {}
         batch = next(batches)
         if dist.get_world_size() == 1:  # the union of what two ranks have
@@ -271,14 +271,14 @@ with process_group("cpu") as device:
             config.trainer.batch_targets *= 2
             if negatives == "mixed":
                 drawn = Negatives(*torch.load(Path(folder) / "mixed.pt"), torch.empty(0))
-                trainer.negatives.draw = lambda target_ids: drawn
+                trainer.losses.negatives.draw = lambda target_ids: drawn
         def keep(name, function):
             def call(argument):
                 kept[name] = function(argument)
                 return kept[name]
             return call
-        trainer._losses = keep("losses", trainer._losses)
-        trainer.negatives.draw = keep("negatives", trainer.negatives.draw)
+        trainer.losses.negatives.draw = keep("negatives", trainer.losses.negatives.draw)
+        trainer.losses = keep("losses", trainer.losses)
         trainer.train_step(batch)
         after = local_rows(trainer.model)[0]
         result = {"losses": kept["losses"].detach(), "negatives": kept["negatives"][:2], "before": before, "after": after}

@@ -14,14 +14,13 @@ from glintru_rec.data.dataset_files import fingerprint
 from glintru_rec.data.id_map import ID_MAP_FILE, IdMap
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.errors import InputError
-from glintru_rec.losses import Seen, full_softmax, sampled_softmax, seen_before
 from glintru_rec.memory import give_back_freed
 from glintru_rec.metrics import Protocol
-from glintru_rec.model import TrainingOutput
 from glintru_rec.progress import Progress
 from glintru_rec.scoring.evaluation import check_has_cases, evaluate
-from glintru_rec.tables.sharding import answered_ids, build_optimizer
+from glintru_rec.tables.sharding import build_optimizer
 from glintru_rec.training.averaging import WeightAverage
+from glintru_rec.training.batch_loss import BatchLoss
 from glintru_rec.training.build import (
     build_batches,
     build_distributed,
@@ -77,14 +76,10 @@ class Trainer:
         self.items = DynamicItems(config, id_map, self.model, self.optimizer) if id_map else None
         self.learning_rates = LearningRates(self.optimizer, dense.schedule, dense.warmup_steps)
         self.average = WeightAverage(self.model.module.parameters(), dense.ema_decay) if dense.ema_decay > 0 else None
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.precision == "bf16")
-        self.sampled_softmax = sampled_softmax
         if config.trainer.compile:  # in place: the names of the parameters stay as they are
             self.model.module.encoder.compile(fullgraph=True, dynamic=True)
-            self.sampled_softmax = torch.compile(sampled_softmax, fullgraph=True, dynamic=True)
+        self.losses = BatchLoss(config, self.model, self.num_items, device)
         self.batches = build_batches(config, dataset, self.model.module.encoder.causal)
-        self.num_candidates = self.num_items  # items that the loss ranges over; a dynamic vocabulary says otherwise
-        self.whole_catalog = config.loss.over_whole_catalog(self.num_items)
         vocabulary_sha256, batching = fingerprint(dataset.manifest), self.batches.fingerprint()
         averaged = self.average is not None
         self.state = RunState(
@@ -214,8 +209,8 @@ class Trainer:
     def begin_epoch(self) -> None:
         """Make ready what the steps of the epoch under way share."""
         self.model.train()
-        if not self.whole_catalog:  # anew for every epoch: which items are targets may change
-            self.negatives = build_negatives(self.config.loss, self.dataset, self.batches, self.state.epoch)
+        if not self.losses.whole_catalog:  # anew for every epoch: which items are targets may change
+            self.losses.negatives = build_negatives(self.config.loss, self.dataset, self.batches, self.state.epoch)
 
     def train_step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -233,7 +228,7 @@ class Trainer:
             batch = self._admit(batch, self.items)
         self._set_learning_rates()
         self.optimizer.zero_grad()
-        losses = self._losses(batch)
+        losses = self.losses(batch)
         # A fixed divisor, not the batch's own count: every target of the epoch weighs the same.
         (losses.sum() / self.config.trainer.batch_targets).backward()
         self.monitor.meter.backward_ended(losses)
@@ -248,54 +243,10 @@ class Trainer:
     def _admit(self, batch: Batch, items: DynamicItems) -> Batch:
         """Give a batch in rows of the table; the loss ranges over those that are in use from now on."""
         batch = items.enter(batch, self.state)
-        self.num_candidates = items.num_items
-        if not self.whole_catalog:
-            self.negatives = build_uniform(self.config.loss, items.num_items)
+        self.losses.num_items = items.num_items
+        if not self.losses.whole_catalog:
+            self.losses.negatives = build_uniform(self.config.loss, items.num_items)
         return batch
-
-    def _losses(self, batch: Batch) -> Tensor:
-        """One loss per target, ``[T - B]``."""
-        loss = self.config.loss
-        item_ids, offsets = batch.item_ids.to(self.device), batch.offsets.to(self.device)
-        side_ids = None if batch.side_ids is None else batch.side_ids.to(self.device)
-        seen = self._seen(item_ids, offsets)
-        if self.whole_catalog:
-            own = answered_ids(self.num_candidates)  # all ranks together have all
-            own_ids = torch.arange(own.start, own.stop, device=self.device)
-            output = self._vectors(item_ids, offsets, own_ids, side_ids)
-            vectors = (output.query, output.aim, output.negatives)
-            options = (loss.temperature, loss.precision, dist.group.WORLD)
-            return full_softmax(*vectors, *options, seen=seen, first_item=own.start)
-        target_ids = batch.item_ids[self.model.module.target_places(batch.offsets)]
-        drawn = self.negatives.draw(target_ids)
-        negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
-        output = self._vectors(item_ids, offsets, negative_ids, side_ids)
-        return self.sampled_softmax(
-            output.query,
-            output.positive,
-            output.negatives,
-            target_ids.to(self.device),
-            negative_ids,
-            log_q if loss.logq_correction else None,
-            loss.temperature,
-            output.aim,
-            target_log_q if loss.correct_positive else None,
-            seen_places=None if seen is None else seen.places(negative_ids),
-            seen_log_weight=0.0 if seen is None else seen.log_weight,
-        )
-
-    def _vectors(self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, side_ids: Tensor | None) -> TrainingOutput:
-        """Look up and encode, in mixed precision if asked for: the vectors are fp32 all the same, and so is the loss."""
-        loss = self.config.loss
-        with self.autocast:
-            return self.model(item_ids, offsets, negative_ids, loss.horizon, loss.horizon_decay, side_ids)
-
-    def _seen(self, item_ids: Tensor, offsets: Tensor) -> Seen | None:
-        """Say which items weigh less among each target's negatives."""
-        loss = self.config.loss
-        if loss.seen_weight == 1:
-            return None
-        return seen_before(item_ids, offsets, self.model.module.target_places(offsets), loss.horizon, loss.seen_weight)
 
     def validate(self) -> None:
         """Rank the validation targets; note whether this is the best yet."""
