@@ -8,7 +8,7 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
-from glintru_rec.encoders import GlintRU, LRURec, RecGRELA, SASRec
+from glintru_rec.encoders import Ensemble, GlintRU, LRURec, RecGRELA, SASRec
 from glintru_rec.errors import InputError
 
 # Where the other public names are; `__init__.pyi` lists them for type checkers.
@@ -24,7 +24,7 @@ _ELSEWHERE = {
 }
 
 # Without the others: `from glintru_rec import *` works with torch alone.
-__all__ = ["GlintRU", "InputError", "LRURec", "RecGRELA", "SASRec"]
+__all__ = ["Ensemble", "GlintRU", "InputError", "LRURec", "RecGRELA", "SASRec"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 from glintru_rec.data.dataset import SequenceDataset as SequenceDataset
+from glintru_rec.encoders import Ensemble as Ensemble
 from glintru_rec.encoders import GlintRU as GlintRU
 from glintru_rec.encoders import LRURec as LRURec
 from glintru_rec.encoders import RecGRELA as RecGRELA

@@ -5,6 +5,7 @@ A score is one dot product, ``query · item vector``, whatever it is made of::
                       query               item vector           score
     dot               hidden              e                     hidden · e
     cosine            hidden / |hidden|   e / |e|               cosine of hidden and e
+    cosine, members   [h_1/|h_1|, ...]    [e_1/|e_1|, ...]      sum of the cosines of h_m and e_m, an `Ensemble`'s parts
     dot, item_bias    [hidden, 1]         [e, b]                hidden · e + b
 
 Shapes: T items of a ragged batch, B sequences, D width, Q numbers of a query or item vector (D, or D + 1 with a bias), K
@@ -48,6 +49,11 @@ def check_similarity(similarity: str, item_bias: bool) -> None:
     check("model.item_bias", item_bias, not (item_bias and similarity == "cosine"), allowed)
 
 
+def unit_parts(vectors: Tensor, members: int) -> Tensor:
+    """Scale each member's part of vectors ``[*, D]`` to length 1."""
+    return functional.normalize(vectors.unflatten(-1, (members, -1)), dim=-1).flatten(-2)
+
+
 class SequenceModel(nn.Module):
     """Score items by the similarity of their embedding to the encoded history.
 
@@ -55,7 +61,7 @@ class SequenceModel(nn.Module):
         table: maps ``(item_ids [T], more_ids [K])`` to their rows ``([T, R], [K, R])`` in one exchange. A row is the item's
             embedding, D numbers, then its bias where items have one; what follows is not looked at.
         encoder: turns embeddings into hidden vectors.
-        similarity: ``dot``, or ``cosine`` (both sides scaled to length 1).
+        similarity: ``dot``, or ``cosine`` (both sides scaled to length 1, member by member).
         item_bias: add each item's bias to its scores; ``dot`` only.
         side: adds what is known of each event of a history, besides its item; None for nothing. Items to score have no side
             features: what an event was like is not known before it happens.
@@ -87,16 +93,19 @@ class SequenceModel(nn.Module):
     def query_vectors(self, hidden: Tensor) -> Tensor:
         """Make queries ``[*, Q]`` of hidden vectors ``[*, D]``."""
         if self.similarity == "cosine":
-            return functional.normalize(hidden, dim=-1)
+            return unit_parts(hidden, self.encoder.members)
         return functional.pad(hidden, (0, 1), value=1.0) if self.item_bias else hidden
 
     def item_vectors(self, rows: Tensor) -> Tensor:
         """Make item vectors ``[*, Q]`` of table rows ``[*, R]``: their dot product with a query is the score."""
         vectors = rows[..., : self.vector_dim]
-        return functional.normalize(vectors, dim=-1) if self.similarity == "cosine" else vectors
+        return unit_parts(vectors, self.encoder.members) if self.similarity == "cosine" else vectors
 
     def embeddings(self, rows: Tensor) -> Tensor:
         """Give what the encoder reads of table rows ``[*, R]``: ``[*, D]``."""
+        # With cosines of several members it reads what is scored, so that an artifact needs no other table.
+        if self.similarity == "cosine" and self.encoder.members > 1:
+            return self.item_vectors(rows)
         return rows[..., : self.encoder.width]
 
     def target_places(self, offsets: Tensor) -> Tensor:

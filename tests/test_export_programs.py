@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from glintru_rec.data.vocabulary import Vocabulary
-from glintru_rec.encoders import GlintRU, LRURec, RecGRELA, SASRec
+from glintru_rec.encoders import Ensemble, GlintRU, LRURec, RecGRELA, SASRec
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, export_artifact
 from glintru_rec.export.recurrent_module import RecurrentScoringModule
@@ -29,12 +29,13 @@ ENCODERS = {
     "bidirectional": lambda: GlintRU(WIDTH, num_heads=2, causal=False),
     "rec_grela": lambda: RecGRELA(WIDTH, num_blocks=1, num_heads=2),
     "lru_rec": lambda: LRURec(WIDTH, num_blocks=1),
+    "ensemble": lambda: Ensemble([GlintRU(WIDTH // 2, num_heads=2), LRURec(WIDTH // 2, num_blocks=1)]),
     "sasrec": lambda: SASRec(WIDTH, num_blocks=1, max_seq_len=MAX_SEQ_LEN),
 }
 SCRIPTED = [("glint_ru", "dot"), ("light", "cosine"), ("bidirectional", "dot")]
-SCRIPTED += [("rec_grela", "dot"), ("lru_rec", "bias"), ("sasrec", "dot")]
+SCRIPTED += [("rec_grela", "dot"), ("lru_rec", "bias"), ("ensemble", "dot"), ("sasrec", "dot")]
 # Tracing takes 12 to 20 seconds an encoder, compiling 40. The other two are refused: they have no step, or no shapes to export.
-TRACED = [("light", "cosine"), ("rec_grela", "dot"), ("lru_rec", "bias")]
+TRACED = [("light", "cosine"), ("rec_grela", "dot"), ("lru_rec", "bias"), ("ensemble", "dot")]
 COMPILED = [("glint_ru", "dot"), ("rec_grela", "dot"), ("lru_rec", "dot")]
 CASES = [("torchscript", *case) for case in SCRIPTED]
 CASES += [("pt2", *case) for case in TRACED] + [("aoti", *case) for case in COMPILED]

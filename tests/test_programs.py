@@ -167,7 +167,7 @@ def test_torchx_help(program):
     assert "output=" in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("model", ["rec_grela", "lru_rec", "sasrec", "glint_ru_light", "glint_ru_published"])
+@pytest.mark.parametrize("model", ["rec_grela", "lru_rec", "sasrec", "glint_ru_light", "glint_ru_published", "glint_lru"])
 def test_every_model_trains_exports_and_scores(job, tmp_path, model):
     """The same programs take every encoder; the artifact ranks as the trained model does.
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from glintru_rec import GlintRU, LRURec, RecGRELA, SASRec
+from glintru_rec import Ensemble, GlintRU, LRURec, RecGRELA, SASRec
 from glintru_rec.config import compose
 from glintru_rec.data.vocabulary import Vocabulary
 from glintru_rec.encoders.rec_grela_block import RecGRELAState
@@ -46,10 +46,11 @@ ENCODERS = {
     "no_attention": lambda: GlintRU(WIDTH, attention_expert=False, selective_gate=False, kernel_size=1),
     "rec_grela": lambda: RecGRELA(WIDTH, num_blocks=2, num_heads=2),
     "lru_rec": lambda: LRURec(WIDTH),
+    "ensemble": lambda: Ensemble([GlintRU(WIDTH // 2), LRURec(WIDTH // 2)]),
     "bidirectional": lambda: GlintRU(WIDTH, causal=False),
     "sasrec": lambda: SASRec(WIDTH),
 }
-RECURRENT = ("glint_ru", "glint_ru_2", "rec_grela", "lru_rec")
+RECURRENT = ("glint_ru", "glint_ru_2", "rec_grela", "lru_rec", "ensemble")
 ABLATED = ("no_gru", "no_attention")
 
 

@@ -32,11 +32,13 @@ class Encoder(nn.Module):
         width: features D of input and output.
         causal: whether every position may be used.
         recurrent: whether the encoder has the recurrent form.
+        members: encoders that this one is made of, each with ``width / members`` columns of its own; 1 but for an `Ensemble`.
     """
 
     width: int
     causal: bool
     recurrent: bool = False
+    members: int = 1
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Encode a ragged batch.

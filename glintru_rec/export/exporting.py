@@ -30,7 +30,7 @@ from glintru_rec.export.recurrent_module import RecurrentScoringModule
 from glintru_rec.export.scoring_module import ScoringModule
 from glintru_rec.export.signature import program_signature, signature
 from glintru_rec.files import check_free, folder_aside, sha256_of
-from glintru_rec.model import check_similarity
+from glintru_rec.model import check_similarity, unit_parts
 
 FORMATS = ("torchscript", "pt2", "aoti")
 
@@ -70,7 +70,7 @@ def export_artifact(
 
     Args:
         encoder: trained; left as it is.
-        similarity: ``dot`` or ``cosine``.
+        similarity: ``dot`` or ``cosine``; the sum of an ensemble's cosines is written as a dot product of parts of length 1.
         item_vectors: the whole item table, ``[V, D]`` for an encoder of width D, or ``[V, D + 1]`` with each item's bias
             last.
         vocabulary: of the V items.
@@ -116,6 +116,8 @@ def export_artifact(
     side = copy.deepcopy(side).to("cpu", torch.float32).eval().requires_grad_(False)
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
+    if similarity == "cosine" and encoder.members > 1:  # it reads what is scored: their sum is a dot product of these
+        item_vectors, similarity = unit_parts(item_vectors, encoder.members), "dot"
     is_cosine, item_bias = similarity == "cosine", vector_dim > encoder.width
     with folder_aside(output) as folder:
         (folder / VOCABULARY_FILE).parent.mkdir()

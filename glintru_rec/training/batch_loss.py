@@ -15,7 +15,7 @@ from glintru_rec.training.config import TrainConfig
 
 
 class BatchLoss:
-    """Give one loss per target of a batch, by the exact softmax or the sampled one.
+    """Give one loss per target of a batch, by the exact softmax or the sampled one; of an ensemble, the mean of its members'.
 
     Args:
         config: the whole run.
@@ -54,8 +54,14 @@ class BatchLoss:
         loss = self.loss
         own = answered_ids(self.num_items)  # all ranks together have all
         output = self._vectors(item_ids, offsets, torch.arange(own.start, own.stop, device=self.device), side_ids)
-        vectors = (output.query, output.aim, output.negatives)
-        return full_softmax(*vectors, loss.temperature, loss.precision, dist.group.WORLD, seen=seen, first_item=own.start)
+        precision, ranks = loss.precision, dist.group.WORLD
+        members = [
+            full_softmax(
+                part.query, part.aim, part.negatives, loss.temperature, precision, ranks, seen=seen, first_item=own.start
+            )
+            for part in self._members(output)
+        ]
+        return torch.stack(members).mean(0)
 
     def _sampled(
         self, item_ids: Tensor, offsets: Tensor, side_ids: Tensor | None, seen: Seen | None, target_ids: Tensor
@@ -64,19 +70,34 @@ class BatchLoss:
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
         output = self._vectors(item_ids, offsets, negative_ids, side_ids)
-        return self.sampled_softmax(
-            output.query,
-            output.positive,
-            output.negatives,
-            target_ids.to(self.device),
-            negative_ids,
-            log_q if loss.logq_correction else None,
-            loss.temperature,
-            output.aim,
-            target_log_q if loss.correct_positive else None,
-            seen_places=None if seen is None else seen.places(negative_ids),
-            seen_log_weight=0.0 if seen is None else seen.log_weight,
+        members = [
+            self.sampled_softmax(
+                part.query,
+                part.positive,
+                part.negatives,
+                target_ids.to(self.device),
+                negative_ids,
+                log_q if loss.logq_correction else None,
+                loss.temperature,
+                part.aim,
+                target_log_q if loss.correct_positive else None,
+                seen_places=None if seen is None else seen.places(negative_ids),
+                seen_log_weight=0.0 if seen is None else seen.log_weight,
+            )
+            for part in self._members(output)
+        ]
+        return torch.stack(members).mean(0)
+
+    def _members(self, output: TrainingOutput) -> list[TrainingOutput]:
+        """Give each member of an ensemble its part of the vectors: it is trained apart, by a loss of its own."""
+        members = self.model.module.encoder.members
+        if members == 1:
+            return [output]
+        query, positive, aim, negatives = (
+            [part.contiguous() for part in whole.chunk(members, dim=1)]
+            for whole in (output.query, output.positive, output.aim, output.negatives)
         )
+        return [TrainingOutput(query[m], positive[m], aim[m], output.target_ids, negatives[m]) for m in range(members)]
 
     def _vectors(self, item_ids: Tensor, offsets: Tensor, negative_ids: Tensor, side_ids: Tensor | None) -> TrainingOutput:
         """Look up and encode, in mixed precision if asked for: the vectors are fp32 all the same, and so is the loss."""

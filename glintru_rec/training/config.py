@@ -64,14 +64,15 @@ class ModelConfig:
     """What is trained.
 
     Attributes:
-        encoder: name of the encoder (`glintru_rec.encoders.ENCODERS`).
+        encoder: name of the encoder (`glintru_rec.encoders.ENCODERS`); or several joined by ``+``, as ``glint_ru+lru_rec``,
+            each with an equal share of the width and a loss of its own, whose scores add up.
         embedding_dim: width D of item embeddings and encoder, a multiple of 4.
         similarity: ``dot``, or ``cosine`` (choose ``loss.temperature`` near 0.05 then).
         item_bias: learn a bias of each item, which is added to all its scores; needs ``similarity=dot``.
         side_features: what the encoder reads of each event besides its item: columns of the log that the dataset was prepared
             with (``side_columns`` of the program prepare). Their embeddings are added to the item's; an item to predict has
             none.
-        options: further arguments of the encoder's class.
+        options: further arguments of the encoder's class; of several encoders, those of all, and below a name its own.
     """
 
     encoder: str = "glint_ru"
@@ -86,6 +87,8 @@ class ModelConfig:
         side = list(self.side_features)
         check("model.side_features", side, len(set(side)) == len(side), "names of columns, each once")
         check_similarity(self.similarity, self.item_bias)
+        adds_cosines = self.similarity == "cosine" or "+" not in self.encoder
+        check("model.similarity", self.similarity, adds_cosines, "cosine with several encoders, whose scores add up")
 
 
 @dataclass
