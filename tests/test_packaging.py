@@ -67,7 +67,7 @@ def test_wheel_and_sdist_hold_programs_and_configs(tmp_path):
     where = "import glintru_rec; print(glintru_rec.__file__)"
     assert run(sys.executable, "-c", where, cwd=elsewhere, PYTHONPATH=site).startswith(site)
     text = run(sys.executable, "-m", "launch.train", "--help", cwd=elsewhere, PYTHONPATH=site)
-    assert "model=glint_ru|" in text
+    assert "model=glint_lru|glint_ru|" in text
     assert "max_epochs: 20" in text
     torchx = [str(Path(sys.executable).parent / "torchx"), "run", "--dryrun", "-s", "local_cwd"]
     assert "launch.train" in run(*torchx, "launch/train.py", "data.path=d", cwd=elsewhere, PYTHONPATH=site)
