@@ -33,7 +33,6 @@ class Member(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder
-        self.state_size = encoder.state_size
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Encode a ragged batch, each position to length 1."""
