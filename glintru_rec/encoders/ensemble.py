@@ -1,7 +1,7 @@
 """Several encoders side by side, each with columns of its own: their scores add up.
 
-Encoders of different kinds err differently: on sparse logs GLINT-RU beside LRURec ranks better than either (docs/log.md). They
-learn apart: each has its share of every item's embedding, is scored against that share alone, and is trained by a loss of
+Encoders of different kinds err differently: on Amazon Beauty GLINT-RU beside LRURec ranks better than either (docs/log.md).
+They learn apart: each has its share of every item's embedding, is scored against that share alone, and is trained by a loss of
 its own (`glintru_rec.training.batch_loss`). To everyone else this is one encoder, one table and one dot product::
 
     x = [x_1, ..., x_M]    hidden = [f_1(x_1) / |f_1(x_1)|, ..., f_M(x_M) / |f_M(x_M)|]    score = Σ_m hidden_m · item_m
@@ -46,13 +46,11 @@ class RecurrentMember(Member):
         """Give the packed state before the first item, ``[B, S_m]``."""
         return self.encoder.pack_state(self.encoder.init_state(batch_size))
 
-    @torch.jit.export
     def prefill(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and the packed state after each sequence's last item."""
         hidden, state = self.encoder.prefill(x, offsets)
         return functional.normalize(hidden, dim=1), self.encoder.pack_state(state)
 
-    @torch.jit.export
     def step(self, x_t: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Take in one item of each sequence."""
         hidden, state = self.encoder.step(x_t, self.encoder.unpack_state(packed))
@@ -94,11 +92,6 @@ class Ensemble(Encoder):
         kind = RecurrentMember if self.recurrent else Member
         self.each = nn.ModuleList(kind(encoder) for encoder in encoders)
         self.state_sizes = [encoder.state_size for encoder in encoders]
-
-    def reset_parameters(self) -> None:
-        """Draw all members' weights."""
-        for member in self.each:
-            member.encoder.reset_parameters()  # type: ignore[union-attr, operator]
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Encode a ragged batch: ``[T, D]`` to ``[T, D]``, each member's part of length 1 (see `Encoder.forward`)."""

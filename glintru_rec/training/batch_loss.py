@@ -70,18 +70,20 @@ class BatchLoss:
         drawn = self.negatives.draw(target_ids)
         negative_ids, log_q, target_log_q = (part.to(self.device) for part in drawn)
         output = self._vectors(item_ids, offsets, negative_ids, side_ids)
+        seen_places = None if seen is None else seen.places(negative_ids)
+        target_ids = target_ids.to(self.device)
         members = [
             self.sampled_softmax(
                 part.query,
                 part.positive,
                 part.negatives,
-                target_ids.to(self.device),
+                target_ids,
                 negative_ids,
                 log_q if loss.logq_correction else None,
                 loss.temperature,
                 part.aim,
                 target_log_q if loss.correct_positive else None,
-                seen_places=None if seen is None else seen.places(negative_ids),
+                seen_places=seen_places,
                 seen_log_weight=0.0 if seen is None else seen.log_weight,
             )
             for part in self._members(output)
