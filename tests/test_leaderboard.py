@@ -50,6 +50,7 @@ def board_of(runs: list[dict], published=(), entries=(ENTRY,), missing=()) -> di
     return {
         "title": "T",
         "dataset": dataset,
+        "overrides": [],
         "rows": rows,
         "published": list(published),
         "missing": list(missing),
@@ -119,7 +120,8 @@ def test_lists_compose(name):
     listed = yaml.safe_load((REPOSITORY / "configs" / "leaderboard" / f"{name}.yaml").read_text())
     assert len({entry["name"] for entry in listed["entries"]}) == len(listed["entries"]) >= 4
     for entry in listed["entries"]:
-        compose("train", TrainConfig, [*entry["overrides"], "data.path=d", "output=o"])
+        overrides = [*listed.get("overrides", []), *entry.get("overrides", [])]
+        compose("train", TrainConfig, [*overrides, "data.path=d", "output=o"])
         assert entry.get("init_from", listed["entries"][0]["name"]) in [other["name"] for other in listed["entries"]]
     for anchor in listed.get("published", []):
         assert set(anchor["figures"]) == {"hr@10", "ndcg@10"}
@@ -132,9 +134,10 @@ STEPS = ["trainer.max_steps=12", "trainer.batch_targets=128"]
 LIST = {
     "title": "Small",
     "seeds": [0, 1],
+    "overrides": ["experiment=smoke"],
     "entries": [
-        {"name": "GLINT-RU", "overrides": ["experiment=smoke", "model.options.num_heads=2"], "note": "ours."},
-        {"name": "SASRec (attention)", "overrides": ["experiment=smoke", "model=sasrec"], "group": "attention"},
+        {"name": "GLINT-RU", "overrides": ["model.options.num_heads=2"], "note": "ours."},
+        {"name": "SASRec (attention)", "overrides": ["model=sasrec"], "group": "attention"},
     ],
     "published": [{"name": "Theirs", "figures": {"hr@10": 0.5, "ndcg@10": 0.25}, "source": "a paper."}],
 }
@@ -209,6 +212,7 @@ def test_files_of_a_leaderboard(done):
     assert "| SASRec (attention) | attention | ." in text
     assert "| Theirs, published |  | .5000 | .2500 |" in text
     assert "240 users, 60 items" in text
+    assert f"* Every training: `{' '.join(['experiment=smoke', *STEPS])}`." in text
     assert "2 trainings side by side" in text
     assert "</svg>" in (done / "out/leaderboard.svg").read_text()
 
@@ -238,7 +242,7 @@ def test_second_call_trains_nothing(done, dataset_dir):
 
 @pytest.mark.programs
 def test_changed_override_is_refused(done, dataset_dir, tmp_path):
-    entries = [{**LIST["entries"][0], "overrides": ["experiment=smoke", "model.options.num_heads=4"]}, LIST["entries"][1]]
+    entries = [{**LIST["entries"][0], "overrides": ["model.options.num_heads=4"]}, LIST["entries"][1]]
     board = (done / "out/leaderboard.md").read_text()
     result = leaderboard(write_list(tmp_path / "list.yaml", entries=entries), dataset_dir, done / "out")
     assert result.returncode == 2
@@ -251,10 +255,10 @@ def test_changed_override_is_refused(done, dataset_dir, tmp_path):
 def test_failure_is_reported_and_the_rest_runs(dataset_dir, tmp_path):
     """The failing entry comes first; later a table is made of what there is."""
     entries = [
-        {"name": "wrong", "overrides": ["experiment=smoke", "++model.options.nonsense=1"]},
+        {"name": "wrong", "overrides": ["++model.options.nonsense=1"]},
         LIST["entries"][1],
-        {"name": "on", "overrides": ["experiment=smoke"], "init_from": "wrong"},
-        {"name": "more", "overrides": ["experiment=smoke", "model=sasrec"], "init_from": "SASRec (attention)"},
+        {"name": "on", "init_from": "wrong"},
+        {"name": "more", "overrides": ["model=sasrec"], "init_from": "SASRec (attention)"},
     ]
     list_file = write_list(tmp_path / "list.yaml", entries=entries)
     result = leaderboard(list_file, dataset_dir, tmp_path / "out", "seeds=3")

@@ -2,10 +2,11 @@
 
 python tools/leaderboard.py LIST data.path=DATASET output=DIR [seeds=0,1,2] [jobs=1] [key=value ...] [--table-only]
 
-LIST is a file such as configs/leaderboard/beauty.yaml: entries are hydra overrides of launch/train.py. Further key=value
-go to every training. Each (entry, seed) trains into DIR/runs/ENTRY/seed-N/run, is evaluated once on test with the
-checkpoint that was best on valid, and writes result.json there. Called again, the same command skips what has a
-result, goes on with what was killed, and tries again what failed; a run that was made with another config is refused.
+LIST is a file such as configs/leaderboard/beauty.yaml: entries are hydra overrides of launch/train.py, after those of the
+whole list. Further key=value go to every training and come last. Each (entry, seed) trains into DIR/runs/ENTRY/seed-N/run, is
+evaluated once on test with the checkpoint that was best on valid, and writes result.json there. Called again, the same command
+skips what has a result, goes on with what was killed, and tries again what failed; a run that was made with another config is
+refused.
 Writes DIR/leaderboard.md, .json (with every run) and .svg. Exit status: 0; 1 where a training or evaluation failed; 2
 for bad input. With other numbers of threads (jobs=N divides them) figures may differ in their last digits.
 """
@@ -162,13 +163,14 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {"cpu": names[0] if names else os.uname().machine, "cores": _cores(), "gpu": gpu}
 
 
-def write_tables(listed: LeaderboardList, pairs: list[Pair], dataset: dict[str, Any], output: Path) -> Path:
+def write_tables(listed: LeaderboardList, common: list[str], pairs: list[Pair], dataset: dict[str, Any], output: Path) -> Path:
     """Write ``leaderboard.json``, ``.md`` and ``.svg`` from the results there are; give the markdown's path."""
     (output / "leaderboard.svg").unlink(missing_ok=True)
     runs = [result for pair in pairs if (result := pair.result()) is not None]
     board = {
         "title": listed.title,
         "dataset": dataset,
+        "overrides": [*listed.overrides, *common],
         "rows": [build_row(asdict(entry), [run for run in runs if run["entry"] == entry.name]) for entry in listed.entries],
         "published": [asdict(each) for each in listed.published],
         "missing": [str(pair) for pair in pairs if pair.result() is None],
@@ -228,7 +230,7 @@ def leaderboard(list_file: Path, overrides: list[str], table_only: bool) -> int:
     if not table_only:
         with locked(output) as lock:
             failures = run_pairs(pairs, jobs[0], lock)
-    table = write_tables(listed, pairs, dataset, output)
+    table = write_tables(listed, common, pairs, dataset, output)
     print(
         f"\n{table.read_text()}\nwritten: {', '.join(str(path) for path in sorted(output.glob('leaderboard.*')))}", flush=True
     )

@@ -60,12 +60,14 @@ class LeaderboardList:
     Attributes:
         title: of the table.
         seeds: of every entry, unless the command line names others.
+        overrides: of every entry, before its own.
         entries: what is trained.
         published: what it is compared with.
     """
 
     title: str = MISSING
     seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)
 
@@ -110,7 +112,7 @@ def plan(listed: LeaderboardList, seeds: list[int], common: list[str], data_path
             folder = output / "runs" / name / f"seed-{seed}"
             fixed = [f"data.path={data_path}", f"output={folder / 'run'}", f"trainer.seed={seed}", "trainer.resume=true"]
             fixed += [f"trainer.init_from={base.folder / 'run'}" for base in bases]
-            arguments = [*entry.overrides, *common, *fixed]
+            arguments = [*listed.overrides, *entry.overrides, *common, *fixed]
             try:
                 config = compose("train", TrainConfig, arguments)
                 pairs.append(Pair(entry, seed, folder, arguments, config, bases[0] if bases else None))

@@ -87,6 +87,8 @@ def conditions(board: dict[str, Any]) -> list[str]:
     ]
     if not runs:
         return [*lines, "* No run has ended yet."]
+    if board["overrides"]:
+        lines.append(f"* Every training: `{' '.join(board['overrides'])}`.")
     protocols = _distinct(runs, lambda run: str(_protocol(run["protocol"])))
     lengths = _distinct(runs, lambda run: run["protocol"]["max_seq_len"])
     lines.append(f"* Protocol: {protocols}. Histories of at most {lengths} items.")
