@@ -16,7 +16,7 @@ from glintru_rec.data.prepare import PrepareConfig, prepare
 from glintru_rec.data.reader import RowGroupBatches
 from glintru_rec.data.reader_dataset import RowGroupDataset
 from glintru_rec.data.side_features import SideVocabulary
-from glintru_rec.encoders import ENCODERS
+from glintru_rec.encoders import ENCODERS, build_encoder
 from glintru_rec.encoders.side_embeddings import SideEmbeddings
 from glintru_rec.errors import InputError
 from glintru_rec.export import Artifact, RecurrentScoringModule
@@ -125,23 +125,23 @@ def test_a_dataset_on_the_disk_gives_the_side_features_of_its_events(folder):
 
 def make_model(name: str, sizes=(4, 3)) -> SequenceModel:
     torch.manual_seed(0)
-    encoder, table = ENCODERS[name](WIDTH), PlainTable(NUM_ITEMS)
+    encoder, table = build_encoder(name, WIDTH, {}), PlainTable(NUM_ITEMS)
     side = SideEmbeddings(sizes, WIDTH, init_std=1.0)
-    return SequenceModel(table, encoder, side=side).double().eval()
+    return SequenceModel(table, encoder, "cosine" if encoder.members > 1 else "dot", side=side).double().eval()
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [*ENCODERS, "glint_ru+lru_rec"])
 def test_position_by_position_it_is_the_sum_and_the_future_is_not_seen(name):
     """Forward is the encoder on sums; step by step the same; what event n is like reaches no query before n."""
     model, lengths = make_model(name), torch.tensor([6, 2, 9])
     offsets = offsets_from_lengths(lengths)
     item_ids, side_ids = torch.randint(NUM_ITEMS, (17,)), torch.stack([torch.randint(4, (17,)), torch.randint(3, (17,))], dim=1)
-    x = model.table.embedding.weight[item_ids]
+    x = model.embeddings(model.table.embedding.weight[item_ids])
     for column, table in enumerate(model.side.tables):
         x = x + table.weight[side_ids[:, column]]
     last = [5, 7, 16]
     inputs = [place for place in range(17) if place not in last]
-    want = model.encoder(x[inputs], offsets_from_lengths(lengths - 1))
+    want = model.query_vectors(model.encoder(x[inputs], offsets_from_lengths(lengths - 1)))
     output = model(item_ids, offsets, item_ids[:0], side_ids=side_ids)
     assert torch.allclose(output.query, want, atol=1e-12)
 
@@ -155,10 +155,11 @@ def test_position_by_position_it_is_the_sum_and_the_future_is_not_seen(name):
     if model.encoder.recurrent:
         state = model.encoder.init_state(1)
         for place in range(6):
-            step = model.side(model.table.embedding.weight[item_ids[place : place + 1]], side_ids[place : place + 1])
+            row = model.table.embedding.weight[item_ids[place : place + 1]]
+            step = model.side(model.embeddings(row), side_ids[place : place + 1])
             hidden, state = model.encoder.step(step, state)
         query, _ = model.encode(item_ids[:6], torch.tensor([0, 6]), item_ids[:0], side_ids[:6])
-        assert torch.allclose(hidden, query, atol=1e-10)
+        assert torch.allclose(model.query_vectors(hidden), query, atol=1e-10)
 
 
 def test_without_side_features_nothing_is_drawn_and_nothing_changes():
