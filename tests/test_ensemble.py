@@ -10,7 +10,7 @@ from glintru_rec.config import compose
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.encoders import Ensemble, GlintRU, LRURec, RecGRELA, SASRec, build_encoder
 from glintru_rec.errors import InputError
-from glintru_rec.export import Artifact
+from glintru_rec.export import Artifact, replace_items
 from glintru_rec.jagged import offsets_from_lengths
 from glintru_rec.losses import full_softmax, sampled_softmax
 from glintru_rec.model import SequenceModel
@@ -168,6 +168,9 @@ def test_from_training_to_an_artifact(dataset_dir, tmp_path):
         assert_close(query, expected, rtol=0, atol=1e-5)
         found = opened.module.vectors_of(torch.arange(dataset.num_items))
         assert_close(query @ found.T, expected @ items.T, rtol=0, atol=2e-5)
+    scales = torch.tensor([3.0, 0.5]).repeat_interleave(8)  # vectors of other lengths, as a table has them
+    replace_items(artifact, found * scales, opened.vocabulary, tmp_path / "replaced", {})
+    assert_close(Artifact.load(tmp_path / "replaced").module.vectors_of(torch.arange(dataset.num_items)), found)
 
 
 @pytest.mark.parametrize(

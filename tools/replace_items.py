@@ -5,7 +5,8 @@ python tools/replace_items.py artifact=DIR items=PARQUET output=DIR
 PARQUET has a row for each item, in any order: item_id (whole numbers or strings, each once), embedding (a list of as many
 numbers as the artifact's embedding_dim; with item_bias the bias last), and perhaps count (events of the item, by which
 empty_history=popular ranks where there are no biases; 0 where the column is left out). With similarity cosine, vectors are to
-have the lengths that they were trained with, which the encoder reads: not the length 1 that mode=items gives them.
+have the lengths that they were trained with, which the encoder reads: not the length 1 that mode=items gives them. Those of an
+ensemble (unit_parts in the manifest) may have any: each encoder's part is scaled to length 1.
 """
 
 import sys

@@ -116,8 +116,10 @@ def export_artifact(
     side = copy.deepcopy(side).to("cpu", torch.float32).eval().requires_grad_(False)
     encoder = copy.deepcopy(encoder).to("cpu", torch.float32).eval().requires_grad_(False)
     item_vectors = item_vectors.detach().to("cpu", torch.float32).contiguous()
+    parts = {}
     if similarity == "cosine" and encoder.members > 1:  # it reads what is scored: their sum is a dot product of these
         item_vectors, similarity = unit_parts(item_vectors, encoder.members), "dot"
+        parts = {"unit_parts": encoder.members}
     is_cosine, item_bias = similarity == "cosine", vector_dim > encoder.width
     with folder_aside(output) as folder:
         (folder / VOCABULARY_FILE).parent.mkdir()
@@ -155,6 +157,7 @@ def export_artifact(
             "embedding_dim": vector_dim,
             "max_seq_len": max_seq_len,
             "similarity": similarity,
+            **parts,
             "item_bias": item_bias,
             "encoder": encoder_config,
             "encoder_sha256": encoder_sha256(encoder),

@@ -13,6 +13,7 @@ from glintru_rec.errors import InputError
 from glintru_rec.export.artifact import MANIFEST_FILE, read_manifest, verify_files
 from glintru_rec.export.item_files import item_files, write_items
 from glintru_rec.files import check_free, folder_aside, sha256_of
+from glintru_rec.model import unit_parts
 
 
 def replace_items(
@@ -25,7 +26,7 @@ def replace_items(
     Args:
         artifact: folder of an artifact; left as it is.
         item_vectors: ``[V, Q]``, Q being the artifact's ``embedding_dim``; with a bias, that last. With ``cosine`` too, of the
-            lengths that they were trained with: the encoder reads them.
+            lengths that they were trained with: the encoder reads them. An ensemble's parts are scaled to length 1.
         vocabulary: of the V items.
         output: folder to make; it must not exist, or be empty.
         source: where the vectors come from, for the manifest's ``provenance["items"]``.
@@ -49,6 +50,7 @@ def replace_items(
             f"the new item table is {num_items} x {vector_dim}, the vocabulary has {vocabulary.num_items} items and the "
             f"artifact's vectors {manifest['embedding_dim']} numbers; these must be the same"
         )
+    item_vectors = unit_parts(item_vectors, manifest["unit_parts"]) if "unit_parts" in manifest else item_vectors
     is_cosine, item_bias = manifest["similarity"] == "cosine", manifest["item_bias"]
     tables = item_files(manifest["precision"], is_cosine, item_bias)
     with folder_aside(output) as folder:
