@@ -199,7 +199,8 @@ class TrainerConfig:
         max_steps: stop after this many steps; 0: no limit.
         batch_targets: most targets in one rank's batch. A target weighs 1 / batch_targets, whatever batch it is in.
         seed: of weights, shuffling, dropout and negatives.
-        patience: validations without a better NDCG@10 before training stops; 0: never.
+        patience: validations without a better NDCG@10 before training stops; 0: never. Those of the first
+            ``data.reversed_epochs`` do not count.
         validate_every_epochs: epochs between validations.
         eval_batch_users: users of one rank's batch in validation.
         checkpoint_every_steps: steps between checkpoints, besides those at validations; 0: none.

@@ -268,7 +268,8 @@ class Trainer:
                 self.model, dataset, self.protocol, self.config.data.max_seq_len, trainer.eval_batch_users, update
             )
         seconds = time.monotonic() - seconds
-        state.note_validation(metrics["ndcg@10"])
+        # While histories are read backwards figures level out early, and rise once more when all are read in order.
+        state.note_validation(metrics["ndcg@10"], counts=state.epoch > self.config.data.reversed_epochs)
         if self.log is not None:
             self.log.write("valid", state.step, state.epoch, **metrics, seconds=seconds, **peak_memory(self.device))
             best = "  best so far" if state.is_best else ""
