@@ -110,6 +110,7 @@ def draw(board: dict[str, Any], path: Path) -> None:
         path: file to write; its ending decides the format.
     """
     import drawing
+    from matplotlib import ticker
 
     rows = drawn_rows(board)
     kinds = [row["group"] or row["name"] for row in rows]  # one color each
@@ -121,7 +122,11 @@ def draw(board: dict[str, Any], path: Path) -> None:
         axes.errorbar(minutes, quality["mean"], yerr=quality["std"] or 0, fmt="o", capsize=3, color=color)
         names.append((minutes, quality["mean"], row["name"], color))
     times = [minutes for minutes, *_ in names]
-    axes.set_xscale("log" if max(times) > 10 * min(times) > 0 else "linear")
+    if max(times) > 10 * min(times) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.margins(x=0.08, y=0.08)
     for anchor in board["published"]:
         if "ndcg@10" in anchor["figures"]:
