@@ -46,7 +46,7 @@ class RunState:
         next_chunk: and the first that nobody has begun.
         best_step: step of the best validation; -1 before the first.
         best_value: its figure, of which more is better: NDCG@10; of a ranking model, the first task's.
-        validations_since_best: that count, for early stopping.
+        validations_since_best: without a better figure, of those that patience counts; for early stopping.
         validated_step: step of the last validation; -1 before the first.
         value: the figure of the weights of this very step; None while they are not validated.
         averaged: whether the checkpoint's model is an average of weights; those that training goes on with lie beside it.
@@ -79,7 +79,7 @@ class RunState:
         self.batches_in_epoch, self.chunks_begun, self.next_chunk = place
 
     def note_validation(self, value: float, counts: bool = True) -> None:
-        """Note the figure that validation gave the weights of this step; where nothing better ``counts``, patience wears."""
+        """Note the figure that validation gave the weights of this step, and if it ``counts`` for patience."""
         self.value, self.validated_step = value, self.step
         if value > self.best_value or self.best_step < 0:
             self.best_step, self.best_value, self.validations_since_best = self.step, value, 0
