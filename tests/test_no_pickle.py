@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from glintru_rec.data.dataset import SequenceDataset
@@ -91,6 +91,34 @@ def test_checkpoint(run_dir, tmp_path, marker):
         refused(load_unsharded, run)
     (run / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{marker}']\n")
     refused(load_unsharded, run)
+
+
+class Attribute:
+    """Pickled as ``getattr(owner, name)``."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_checkpoint_of_a_python_that_pickles_enums_by_name(run_dir, tmp_path, monkeypatch):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    for checkpoint in list_checkpoints(run):
+        description = checkpoint / ".metadata"
+        metadata = pickle.loads(description.read_bytes())
+        with monkeypatch.context() as patch:  # as Python 3.11.2 has it
+            patch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+            description.write_bytes(pickle.dumps(metadata))
+        assert b"getattr" in description.read_bytes()
+    ours, theirs = load_unsharded(run).model.state_dict(), load_unsharded(run_dir).model.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__"), (torch.float32, "is_complex")):
+        for checkpoint in list_checkpoints(run):
+            metadata.planner_data = Attribute(owner, name)
+            (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+        assert f"metadata takes '{name}'" in refused(load_unsharded, run)
 
 
 def test_values_of_a_checkpoint_that_are_no_tensors(marker):

@@ -5,6 +5,7 @@ into a run directory could run code on the machine that reads it. Both are read 
 those that a checkpoint is made of; tensors the library itself reads with ``weights_only``.
 """
 
+import enum
 import io
 import pickle
 from dataclasses import replace
@@ -31,8 +32,17 @@ _ALLOWED = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """Stand for ``getattr``, by which the first releases of Python 3.11 pickle the members of an enum, and nothing else."""
+    if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
+        raise InputError(f"its metadata takes {name!r} of {kind}, which no checkpoint needs; do not trust this file")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _ALLOWED:
             raise InputError(f"its metadata names {module}.{name}, which no checkpoint needs; do not trust this file")
