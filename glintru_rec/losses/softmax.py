@@ -49,7 +49,7 @@ def full_softmax(
             each item on one rank, n may differ and be 0.
         temperature: divides the scores.
         precision: ``bf16`` rounds the factors of the logits' products, and of their gradients', to bfloat16 and sums in
-            fp32, in the Triton kernels and on CPUs that can (AMX, AVX512_BF16); the aim's score and all else stay fp32.
+            fp32, in the Triton kernels and on CPUs with AMX; the aim's score, all else and other CPUs stay fp32.
         group: ranks that share the catalog, all of which call this and its backward pass at the same point of their
             programs; None: this rank alone.
         implementation: ``auto``, ``torch`` or ``triton`` (see `glintru_rec.ops.implementation`); torch code with ``seen``.

@@ -119,7 +119,7 @@ class LossConfig:
             score it low, and what is alike with it. For logs in which users do not come back to an item. Below 1, torch
             code on CUDA too.
         precision: of the matrix products of ``full_softmax``: ``fp32``, or ``bf16`` factors summed in fp32 (1.7 to 1.9 times as
-            fast on a CPU with AMX; on one that has no bf16, fp32 all the same).
+            fast on a CPU with AMX; on one without, fp32 all the same: oneDNN has no such product for AVX512_BF16).
     """
 
     name: str = "sampled_softmax"
