@@ -66,6 +66,23 @@ def check_free(key: str, output: Path) -> None:
         raise InputError(f"{key} {str(output)!r} exists and is not an empty folder; remove it or name another")
 
 
+def check_writable(output: Path) -> None:
+    """See to it, before the work for a file begins, that it can be written in the end; its folder is made.
+
+    Raises:
+        InputError: a folder has its name, or its own folder cannot be made or takes no file.
+    """
+    if output.is_dir():
+        raise InputError(f"output={output} is a directory; give a file to write, such as {output / 'NAME'}")
+    aside = aside_of(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise InputError(f"output={output} cannot be written: {error.strerror} ({error.filename})") from error
+
+
 def sha256_of(path: Path) -> str:
     """Give the checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:

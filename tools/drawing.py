@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 
 from glintru_rec.errors import InputError
+from glintru_rec.files import check_writable
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -55,6 +56,7 @@ def run(doc: str, draw: Callable[..., Figure], *keys: str) -> int:
         return 2
     output = Path(values.pop("output"))
     try:
+        check_writable(output)
         save(draw(given, **values), output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

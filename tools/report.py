@@ -17,7 +17,7 @@ from typing import Any
 from report_chart import Series, line_chart
 
 from glintru_rec.errors import InputError
-from glintru_rec.files import write_text
+from glintru_rec.files import check_writable, write_text
 
 KEYS = ("evaluation", "scores", "leaderboard", "output")
 STYLE = """
@@ -213,8 +213,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip(), file=sys.stderr)
         return 2
     try:
-        text = page(Path(paths[0]), given)
-        write_text(Path(given["output"]), text)
+        check_writable(Path(given["output"]))
+        write_text(Path(given["output"]), page(Path(paths[0]), given))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

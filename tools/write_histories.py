@@ -5,10 +5,12 @@ python tools/write_histories.py DATASET OUTPUT.parquet --split all
 
 import argparse
 import sys
+from pathlib import Path
 
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.data.side_features import SideVocabulary
 from glintru_rec.errors import InputError
+from glintru_rec.files import check_writable
 
 
 def main() -> int:
@@ -25,6 +27,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
+        check_writable(Path(arguments.output))
         side_features = SideVocabulary.load(arguments.dataset).names
         SequenceDataset.open(arguments.dataset, side_features).write_histories(arguments.output, arguments.split)
     except InputError as error:

@@ -11,8 +11,7 @@ from glintru_rec.config import check, one_of
 from glintru_rec.data.dataset import SequenceDataset
 from glintru_rec.data.dataset_files import fingerprint
 from glintru_rec.data.side_features import SideVocabulary
-from glintru_rec.errors import InputError
-from glintru_rec.files import write_json
+from glintru_rec.files import check_writable, write_json
 from glintru_rec.metrics import DEFAULT_KS, Protocol
 from glintru_rec.programs.launcher import write_config
 from glintru_rec.progress import Progress
@@ -73,12 +72,7 @@ class EvaluateConfig:
 def evaluate_run(config: EvaluateConfig) -> None:
     """Write ``{"protocol": …, "metrics": …}`` of a run's best checkpoint to ``config.output``."""
     output = Path(config.output)
-    if output.is_dir():
-        raise InputError(f"output={output} is a directory; give a file to write, such as {output / 'evaluation.json'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output={output} cannot be written: {error}") from error
+    check_writable(output)
     side_features = SideVocabulary.load(config.checkpoint).names
     dataset = SequenceDataset.open(config.data.path, side_features)
     protocol = config.protocol()
